@@ -1,0 +1,1 @@
+"""The `byol` command: the one package that sees both training and serving, each imported lazily."""

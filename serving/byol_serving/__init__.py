@@ -1,0 +1,1 @@
+"""Serving: an encoder bundle becomes embeddings over gRPC and nearest-neighbour answers."""

@@ -1,0 +1,221 @@
+"""Bytes to pixels: the only place in the project that decodes and resizes.
+
+Training's evaluation, export's golden pairs, the server and the offline pipeline all come through
+here, because the same file decoded twice by different libraries differs by 1 to 2 of 255 a pixel.
+
+JPEG goes through libjpeg-turbo (simplejpeg), which scales while it decodes where the target is
+small: 1.9 times Pillow's full decode on VGA photographs. Everything else, and every JPEG that is
+damaged or not plain RGB or grey, goes through Pillow.
+"""
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from byol_serving.errors import ImageTooLarge, InvalidImage, InvalidRequest
+
+Pixels = NDArray[np.uint8]
+
+# The limit is ours, checked from the header before any pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an image file becomes the encoder's input; written in the bundle."""
+
+    size: int
+    """Height and width of the encoder's input, in pixels."""
+    crop_fraction: float = 1.0
+    """Part of the short side that the centre crop keeps: 0.875 is 224 of 256 (paper, section 3.3)."""
+    resize: Literal["short_side", "squash"] = "short_side"
+    """short_side: keep the aspect and crop the centre; squash: scale both sides to `size`."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no image could be brought to."""
+        if not 1 <= self.size <= 4096:
+            raise InvalidRequest(f"input size {self.size} is outside 1..4096 pixels")
+        if not 0.1 <= self.crop_fraction <= 1.0:
+            raise InvalidRequest(f"crop_fraction {self.crop_fraction} is outside 0.1..1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimits:
+    """What is refused before it costs anything."""
+
+    max_bytes: int = 32 * 2**20
+    """Size of one encoded image."""
+    max_pixels: int = 100_000_000
+    """Width x height in the header; a 50,000 x 50,000 PNG of a few kB would need 7.5 GB."""
+
+
+def decode(data: bytes, limits: ImageLimits | None = None, *, at_least: int = 0) -> Pixels:
+    """The picture in `data` as RGB, upright.
+
+    EXIF orientation is applied; greyscale, CMYK, palette, 16-bit and transparent images (over
+    white) become 8-bit RGB; of an animation the first frame counts.
+
+    Args:
+        data: an image file: JPEG, PNG, WebP, GIF, BMP, TIFF, or what else Pillow reads.
+        limits: see `ImageLimits`.
+        at_least: if above 0, a JPEG may be decoded at a reduced scale (1/2, 1/4, 1/8) whose short
+            side is still at least this many pixels.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        InvalidImage: the bytes are empty, not an image, truncated or damaged.
+        ImageTooLarge: more bytes or pixels than the limits.
+    """
+    limits = limits or ImageLimits()
+    header = _open(data, limits)
+    try:
+        with header:
+            if header.format == "JPEG" and header.mode in ("RGB", "L"):
+                return _decode_jpeg(data, header, at_least)
+            return _to_rgb(header)
+    except InvalidImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds of their own
+        raise InvalidImage(f"damaged {header.format} file ({_one_line(error)})") from error
+
+
+def to_input(pixels: Pixels, how: Preprocess) -> Pixels:
+    """Resizes and crops uint8 [H, W, 3] to the encoder's input, uint8 [size, size, 3].
+
+    Bilinear with antialiasing (Pillow's), the crop taken in the source so that one resize does both.
+    """
+    height, width = pixels.shape[:2]
+    if (height, width) == (how.size, how.size) and how.crop_fraction == 1.0:
+        return pixels
+    if how.resize == "squash":
+        box = (0.0, 0.0, float(width), float(height))
+    else:
+        side = min(height, width) * how.crop_fraction
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    resized = Image.fromarray(pixels).resize(
+        (how.size, how.size), Image.Resampling.BILINEAR, box=box
+    )
+    return np.asarray(resized)
+
+
+def load_input(data: bytes, how: Preprocess, limits: ImageLimits | None = None) -> Pixels:
+    """An image file as the encoder's input, uint8 [size, size, 3]; raises as `decode` does."""
+    return to_input(decode(data, limits, at_least=math.ceil(how.size / how.crop_fraction)), how)
+
+
+def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+    """Reads the header only, and holds the size against the limits."""
+    if not data:
+        raise InvalidImage("empty: 0 bytes; send the bytes of an image file")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(
+            f"{len(data)} bytes is over the limit of {limits.max_bytes} bytes;"
+            " send a smaller file or raise max_bytes"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise InvalidImage(
+            f"not an image file ({len(data)} bytes beginning {data[:8]!r});"
+            " send JPEG, PNG, WebP, GIF, BMP or TIFF"
+        ) from error
+    except Exception as error:
+        raise InvalidImage(f"unreadable header ({_one_line(error)})") from error
+    width, height = header.size
+    if width * height > limits.max_pixels:
+        header.close()
+        raise ImageTooLarge(
+            f"{width} x {height} pixels is over the limit of {limits.max_pixels} pixels;"
+            " send a smaller image or raise max_pixels"
+        )
+    return header
+
+
+def _decode_jpeg(data: bytes, header: Image.Image, at_least: int) -> Pixels:
+    orientation = header.getexif().get(0x0112, 1)
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data,
+            colorspace="RGB",
+            fastdct=False,
+            fastupsample=False,
+            min_height=_scaled_minimum(header.height, header, at_least),
+            min_width=_scaled_minimum(header.width, header, at_least),
+            min_factor=1,
+        )
+    except ValueError as error:
+        raise InvalidImage(f"damaged JPEG file ({_one_line(error)})") from error
+    return _upright(pixels, orientation)
+
+
+def _scaled_minimum(side: int, header: Image.Image, at_least: int) -> int:
+    """The smallest this side may become while the short side keeps `at_least` (0: full size)."""
+    short = min(header.size)
+    return side if at_least <= 0 or at_least >= short else math.ceil(side * at_least / short)
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Applies EXIF tag 0x0112 (EXIF 2.32, section 4.6.4)."""
+    match orientation:
+        case 2:
+            turned = pixels[:, ::-1]
+        case 3:
+            turned = pixels[::-1, ::-1]
+        case 4:
+            turned = pixels[::-1]
+        case 5:
+            turned = pixels.transpose(1, 0, 2)
+        case 6:
+            turned = pixels.transpose(1, 0, 2)[:, ::-1]
+        case 7:
+            turned = pixels[::-1, ::-1].transpose(1, 0, 2)
+        case 8:
+            turned = pixels.transpose(1, 0, 2)[::-1]
+        case _:
+            return pixels
+    return np.ascontiguousarray(turned)
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "palette images with transparency ...": handled below
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith(("I", "F")):
+            return _wide_to_rgb(np.asarray(upright))
+        if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
+            rgba = upright.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+            upright = Image.alpha_composite(white, rgba)
+        return np.asarray(upright.convert("RGB"))
+
+
+def _wide_to_rgb(values: NDArray[np.generic]) -> Pixels:
+    """16-bit integers keep their top 8 bits; 32-bit and float images are stretched to 0..255."""
+    wide = values.astype(np.float64)
+    if values.dtype.itemsize == 2 or (wide.size and 255 < wide.max() <= 65535 and wide.min() >= 0):
+        grey = wide / 257.0
+    elif wide.size and 0 <= wide.min() and wide.max() <= 255 and values.dtype.kind in "iu":
+        grey = wide
+    else:
+        if not np.isfinite(wide).all():
+            raise InvalidImage("the floating-point pixels are not all finite")
+        low, high = float(wide.min()), float(wide.max())
+        grey = (wide - low) * (255.0 / (high - low)) if high > low else np.zeros_like(wide)
+    return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

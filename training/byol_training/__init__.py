@@ -1,0 +1,1 @@
+"""Training: unlabelled images become an encoder bundle (BYOL, Grill et al. 2020)."""
