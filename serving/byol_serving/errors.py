@@ -22,8 +22,8 @@
     ├── InvalidConfig             a setting or option that cannot be used
     └── InvalidSource             a data source that cannot be read or holds too few images
 
-Each message is one line that names the value, the limit and the remedy: a person or a log can act on
-it. `byol_serving.rpc.status` maps the tree to gRPC codes and a test checks that every leaf is there.
+Each message is one line that names the value, the limit and the remedy: a person or a log can act
+on it. `byol_serving.rpc.status` maps the tree to gRPC codes and a test checks that every leaf is there.
 """
 
 

@@ -35,7 +35,7 @@ class Preprocess:
     size: int
     """Height and width of the encoder's input, in pixels."""
     crop_fraction: float = 1.0
-    """Part of the short side that the centre crop keeps: 0.875 is 224 of 256 (paper, section 3.3)."""
+    """Part of the short side that the crop keeps: 0.875 is 224 of 256 (paper, appendix C.1)."""
     resize: Literal["short_side", "squash"] = "short_side"
     """short_side: keep the aspect and crop the centre; squash: scale both sides to `size`."""
 
@@ -92,7 +92,7 @@ def decode(data: bytes, limits: ImageLimits | None = None, *, at_least: int = 0)
 def to_input(pixels: Pixels, how: Preprocess) -> Pixels:
     """Resizes and crops uint8 [H, W, 3] to the encoder's input, uint8 [size, size, 3].
 
-    Bilinear with antialiasing (Pillow's), the crop taken in the source so that one resize does both.
+    Bilinear with antialiasing (Pillow's); one resize does both, from a box of the source.
     """
     height, width = pixels.shape[:2]
     if (height, width) == (how.size, how.size) and how.crop_fraction == 1.0:
@@ -207,7 +207,7 @@ def _wide_to_rgb(values: NDArray[np.generic]) -> Pixels:
     wide = values.astype(np.float64)
     if values.dtype.itemsize == 2 or (wide.size and 255 < wide.max() <= 65535 and wide.min() >= 0):
         grey = wide / 257.0
-    elif wide.size and 0 <= wide.min() and wide.max() <= 255 and values.dtype.kind in "iu":
+    elif wide.size and wide.min() >= 0 and wide.max() <= 255 and values.dtype.kind in "iu":
         grey = wide
     else:
         if not np.isfinite(wide).all():

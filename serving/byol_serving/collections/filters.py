@@ -1,4 +1,4 @@
-"""Conditions on metadata, as a small tree. Compiled to SQL in `sql.py`, or evaluated with `matches`."""
+"""Conditions on metadata, as a small tree: compiled to SQL, or evaluated with `matches`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
