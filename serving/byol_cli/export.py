@@ -1,0 +1,47 @@
+"""`byol export`: a trained run becomes an encoder bundle."""
+
+from pathlib import Path
+
+import click
+
+from byol_cli.output import emit, json_option
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle to make.")
+@click.option("--name", help="What to call it; default: the run's name.")
+@click.option("--size", type=int, help="Input size in pixels; default: the training views'.")
+@click.option("--crop-fraction", default=1.0, show_default=True, help="Centre crop when serving.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at --out.")
+@json_option
+def command(
+    run: Path,
+    out: Path,
+    name: str | None,
+    size: int | None,
+    crop_fraction: float,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    r"""Turn a trained RUN into an encoder bundle, checked against PyTorch on its own images.
+
+    \b
+    Example:  byol export runs/photos --out bundles/photos
+    """
+    from byol_training.export import export_run
+
+    bundle = export_run(
+        run, out, name=name, size=size, crop_fraction=crop_fraction, overwrite=overwrite
+    )
+    emit(
+        {
+            "bundle": bundle.path,
+            "encoder_id": bundle.info.encoder_id,
+            "dim": bundle.info.dim,
+            "input_size": bundle.info.preprocess.size,
+            **bundle.info.scores,
+            "next": f"byol serve --bundle {out} --store store",
+        },
+        as_json,
+    )

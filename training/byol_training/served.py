@@ -1,0 +1,40 @@
+"""The function that a bundle computes, in PyTorch: what is exported, and what is evaluated."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from byol_serving.images import Pixels
+
+
+class ServedEncoder(nn.Module):
+    """uint8 [N, S, S, 3] -> L2-normalised float32 [N, D]; scaling, mean and std are inside."""
+
+    def __init__(
+        self, encoder: nn.Module, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("scale", 1 / (255 * torch.tensor(std).reshape(3, 1, 1)))
+        self.register_buffer("shift", torch.tensor(mean).div(torch.tensor(std)).reshape(3, 1, 1))
+        self.scale: Tensor
+        self.shift: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels to embeddings."""
+        planes = images.permute(0, 3, 1, 2).to(torch.float32)
+        return F.normalize(self.encoder(planes * self.scale - self.shift), dim=1)
+
+    def embed(self, pixels: Pixels, *, batch_size: int = 512) -> NDArray[np.float32]:
+        """Embeds uint8 [N, S, S, 3] in eval mode, in batches, on the encoder's device."""
+        was_training = self.training
+        self.eval()
+        rows: list[NDArray[np.float32]] = []
+        with torch.inference_mode():
+            for start in range(0, len(pixels), batch_size):
+                batch = torch.from_numpy(pixels[start : start + batch_size]).to(self.scale.device)
+                rows.append(self(batch).float().cpu().numpy())
+        self.train(was_training)
+        return np.concatenate(rows)
