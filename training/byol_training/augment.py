@@ -1,0 +1,263 @@
+"""The two view distributions, batched and on the device, drawn per image (paper, appendix B).
+
+Two halves. `draw_view` draws every random number of a batch on the CPU, from a generator, in one
+call: the same seed gives the same views on every device, and which images a step applies to is
+known without asking the device. `apply_view` does the work:
+
+- crop, resize and flip are two small matrices per image (one for rows, one for columns), so that
+  the antialiased resize of torchvision becomes two batched matrix products;
+- brightness, contrast and saturation are each a 3x3 colour matrix and an offset, so that every
+  image can have its own order of the four at the price of one;
+- hue turns in place without a full way to HSV and back;
+- steps that only some images take are done on those images.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from byol_training.config import AugmentConfig, ViewConfig
+
+_GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision's rgb_to_grayscale
+_TRIES = 10  # torchvision's RandomResizedCrop gives up after ten and takes the centre
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewDraw:
+    """What chance decided for a batch; everything on the CPU."""
+
+    boxes: Tensor
+    """float64 [B, 4]: top, left, height, width of the crop in source pixels (whole numbers)."""
+    flip: Tensor
+    """bool [B]."""
+    factors: Tensor
+    """float64 [B, 4]: of brightness, contrast, saturation; turn of the hue."""
+    order: Tensor
+    """int64 [B, 4]: which of the four comes first, second, third, fourth; -1 where no jitter."""
+    grey: Tensor
+    """bool [B]."""
+    blur: Tensor
+    """bool [B]."""
+    sigma: Tensor
+    """float64 [B]."""
+    solarise: Tensor
+    """bool [B]."""
+
+
+def two_views(
+    images: Tensor, config: AugmentConfig, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A view from each distribution of every image.
+
+    Args:
+        images: uint8 [B, S, S, 3], on the device to work on.
+        config: the distributions and the normalisation.
+        size: side of the views.
+        generator: on the CPU; the only source of chance.
+
+    Returns:
+        Two float32 [B, 3, size, size], normalised.
+    """
+    side, count = images.shape[1], images.shape[0]
+    draws = [draw_view(view, count, side, generator) for view in (config.first, config.second)]
+    first = apply_view(images, config.first, draws[0], size)
+    second = apply_view(images, config.second, draws[1], size)
+    return normalise(first, config), normalise(second, config)
+
+
+def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
+    """(x - mean) / std per channel: float [B, 3, H, W] in 0..1, changed in place."""
+    mean = torch.tensor(config.mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(config.std, device=images.device).view(3, 1, 1)
+    return images.sub_(mean).div_(std)
+
+
+def draw_view(config: ViewConfig, count: int, side: int, generator: torch.Generator) -> ViewDraw:
+    """All chance for `count` images of `side` pixels, from one call to the generator."""
+    u = torch.rand(count, 2 * _TRIES + 16, generator=generator, dtype=torch.float64)
+    tries, u = u[:, : 2 * _TRIES], u[:, 2 * _TRIES :]
+    strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+    strength = torch.tensor(strengths, dtype=torch.float64)
+    factors = (2 * u[:, 4:8] - 1) * strength
+    factors[:, :_HUE] += 1.0
+    order = u[:, 8:12].argsort(dim=1)
+    order[u[:, 3] >= config.jitter_p] = -1
+    low, high = config.blur_sigma
+    return ViewDraw(
+        boxes=_draw_boxes(config, side, tries, u[:, :2]),
+        flip=u[:, 2] < config.flip,
+        factors=factors,
+        order=order,
+        grey=u[:, 12] < config.grey_p,
+        blur=u[:, 13] < config.blur_p,
+        sigma=low + (high - low) * u[:, 14],
+        solarise=u[:, 15] < config.solarise_p,
+    )
+
+
+def _draw_boxes(config: ViewConfig, side: int, tries: Tensor, place: Tensor) -> Tensor:
+    """RandomResizedCrop of torchvision: the first of ten tries that fits, else the centre."""
+    scale_low, scale_high = config.crop_scale
+    logs = [math.log(ratio) for ratio in config.crop_ratio]
+    area = side * side * (scale_low + (scale_high - scale_low) * tries[:, :_TRIES])
+    ratio = torch.exp(logs[0] + (logs[1] - logs[0]) * tries[:, _TRIES:])
+    width, height = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
+    fits = (width >= 1) & (width <= side) & (height >= 1) & (height <= side)
+    # A last column that always fits: the largest centred box of an allowed aspect.
+    aspect = min(max(1.0, config.crop_ratio[0]), config.crop_ratio[1])
+    fallback = torch.tensor([round(side / max(aspect, 1.0)), round(side * min(aspect, 1.0))])
+    count = len(tries)
+    height = torch.cat([height, fallback[0].expand(count, 1)], dim=1)
+    width = torch.cat([width, fallback[1].expand(count, 1)], dim=1)
+    chosen = torch.cat([fits, torch.ones(count, 1, dtype=torch.bool)], dim=1).int().argmax(dim=1)
+    height, width = (t.gather(1, chosen[:, None])[:, 0] for t in (height, width))
+    given_up = chosen == _TRIES
+    top = torch.where(given_up, (side - height) / 2, place[:, 0] * (side - height + 1)).floor()
+    left = torch.where(given_up, (side - width) / 2, place[:, 1] * (side - width + 1)).floor()
+    return torch.stack([top, left, height, width], dim=1)
+
+
+def apply_view(images: Tensor, config: ViewConfig, draw: ViewDraw, size: int) -> Tensor:
+    """The views that `draw` decided on.
+
+    Args:
+        images: uint8 [B, S, S, 3].
+        config: of the draw; only the blur's kernel is read.
+        draw: of the same B and S.
+        size: side of the views.
+
+    Returns:
+        float32 [B, 3, size, size] in 0..1, a new tensor.
+    """
+    views = _crop(images, draw, size)
+    _jitter(views, draw)
+    _on(views, draw.grey, _to_grey)
+    _blur(views, draw, config, size)
+    _on(views, draw.solarise, _solarise)
+    return views
+
+
+def _crop(images: Tensor, draw: ViewDraw, size: int) -> Tensor:
+    """Crop, antialiased bilinear resize and flip: rows · image · columns."""
+    count, side = images.shape[:2]
+    rows = _resize_matrix(draw.boxes[:, 0], draw.boxes[:, 2], side, size)
+    columns = _resize_matrix(draw.boxes[:, 1], draw.boxes[:, 3], side, size)
+    columns = torch.where(draw.flip[:, None, None], columns.flip(1), columns)
+    rows, columns = (m.to(images.device, non_blocking=True) for m in (rows / 255, columns))
+    tall = torch.bmm(rows, images.reshape(count, side, side * 3).float())
+    tall = tall.view(count, size, side, 3).permute(0, 3, 1, 2).reshape(count, 3 * size, side)
+    return torch.bmm(tall, columns.transpose(1, 2)).view(count, 3, size, size).clamp_(0.0, 1.0)
+
+
+def _resize_matrix(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
+    """float32 [B, size, side]: row i holds the weights of output pixel i.
+
+    A triangle around the output pixel's centre in the source, as wide as the scale where that
+    shrinks (antialiasing), cut off at the crop's edge, summing to 1.
+    """
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    scale = length / size
+    centre = start + (torch.arange(size)[None, :, None] + 0.5) * scale
+    pixel = torch.arange(side)[None, None, :] + 0.5
+    weights = (1.0 - (pixel - centre).abs() / scale.clamp(min=1.0)).clamp_(min=0.0)
+    weights *= (pixel > start) & (pixel < start + length)
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _jitter(views: Tensor, draw: ViewDraw) -> None:
+    """Colour jitter in place, every image in its own order: four rounds, each with one of four."""
+    factors = draw.factors.float()
+    for place in range(4):
+        kind = draw.order[:, place]
+        _colour_matrices(views, kind, factors)
+        turned = kind == _HUE
+        turns = factors[turned, _HUE].to(views.device, non_blocking=True)
+        if turns.numel() and bool((factors[:, _HUE] != 0).any()):
+            _on(views, turned, partial(_turn_hue, turns=turns))
+
+
+def _colour_matrices(views: Tensor, kind: Tensor, factors: Tensor) -> None:
+    """Brightness, contrast or saturation, whichever `kind` says, in place.
+
+    All three blend with something linear: out = f·x + (1-f)·(nothing | mean grey | grey of x).
+    """
+    grey = torch.tensor(_GREY)
+    own = torch.ones(len(kind))
+    for which in (_BRIGHTNESS, _CONTRAST, _SATURATION):
+        own = torch.where(kind == which, factors[:, which], own)
+    if bool((own == 1).all()):
+        return
+    rest = (1 - own)[:, None, None] * grey.expand(3, 3)
+    matrix = own[:, None, None] * torch.eye(3) + rest * (kind == _SATURATION)[:, None, None]
+    offset = rest * (kind == _CONTRAST)[:, None, None]
+    matrix, offset = (m.to(views.device, non_blocking=True) for m in (matrix, offset))
+    flat = views.flatten(2)
+    offset = torch.bmm(offset, flat.mean(dim=2, keepdim=True))
+    views.copy_(torch.baddbmm(offset, matrix, flat).clamp_(0.0, 1.0).view_as(views))
+
+
+def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """HSV hue of float [B, 3, H, W] moved by `turns` [B], saturation and value kept.
+
+    With chroma c = max - min, each channel is max - c·clamp(min(k, 4 - k), 0, 1), where
+    k = (n + 6·hue) mod 6 and n is 5, 3, 1 for red, green, blue: no sextants, no gathers.
+    """
+    red, green, blue = images.unbind(1)
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    safe = chroma.clamp(min=1e-12)
+    hue = torch.where(value == red, (green - blue) / safe, (red - green) / safe + 4.0)
+    hue = torch.where((value == green) & (value != red), (blue - red) / safe + 2.0, hue)
+    hue = hue + 6.0 * turns[:, None, None]
+    shift = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
+    k = torch.remainder(hue[:, None] + shift, 6.0)
+    part = torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)
+    return value[:, None] - chroma[:, None] * part
+
+
+def _solarise(images: Tensor) -> Tensor:
+    return torch.where(images >= 0.5, 1.0 - images, images)
+
+
+def _to_grey(images: Tensor) -> Tensor:
+    weights = torch.tensor(_GREY, device=images.device).view(3, 1, 1)
+    return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
+
+
+def _blur(views: Tensor, draw: ViewDraw, config: ViewConfig, size: int) -> None:
+    """Gaussian blur in place: the same banded matrix on rows and columns, mirrored at the edges."""
+    reach = max(1, int(config.blur_kernel * size) // 2)
+    matrices = _blur_matrix(draw.sigma[draw.blur].float(), min(reach, size - 1), size)
+    matrices = matrices.to(views.device, non_blocking=True)
+
+    def blur(some: Tensor) -> Tensor:
+        across = some.reshape(len(some), 3 * size, size) @ matrices.transpose(1, 2)
+        return matrices[:, None] @ across.view_as(some)
+
+    _on(views, draw.blur, blur)
+
+
+def _blur_matrix(sigma: Tensor, reach: int, size: int) -> Tensor:
+    """float32 [B, size, size]: row i holds a Gaussian of 2·reach + 1 taps around pixel i."""
+    taps = torch.arange(-reach, reach + 1)
+    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    source = torch.arange(size)[:, None] + taps  # [size, taps], mirrored without the edge pixel:
+    source = source.abs()
+    source = torch.where(source >= size, 2 * (size - 1) - source, source)
+    spread = torch.zeros(size, len(taps), size).scatter_(2, source[:, :, None], 1.0)
+    return torch.einsum("bt,its->bis", kernel, spread)
+
+
+def _on(views: Tensor, which: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """`change` applied in place to the images that `which` (bool [B], on the CPU) names."""
+    if bool(which.all()):
+        views.copy_(change(views))
+    elif bool(which.any()):
+        index = which.nonzero()[:, 0].to(views.device, non_blocking=True)
+        views[index] = change(views[index])

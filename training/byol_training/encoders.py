@@ -1,0 +1,92 @@
+"""Backbones: images in, one vector per image out.
+
+All are `Encoder`: named stages one after another, then the average over the plane. The stages'
+names are the names of the dense feature maps an export may offer.
+"""
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from byol_serving.errors import InvalidConfig
+
+
+class Encoder(nn.Module):
+    """Stages in a row and a global average.
+
+    Args:
+        stages: name → module [N, C, H, W] → [N, C', H', W'], in order.
+        dim: channels of the last one.
+    """
+
+    def __init__(self, stages: dict[str, nn.Module], dim: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict(stages)
+        self.dim = dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised float [N, 3, H, W] → float [N, dim], not l2-normalised."""
+        for stage in self.stages.values():
+            images = stage(images)
+        return images.mean((2, 3))
+
+    def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """What every stage gives for float [N, 3, H, W]: name → float [N, C, H', W']."""
+        maps = {}
+        for name, stage in self.stages.items():
+            images = maps[name] = stage(images)
+        return maps
+
+
+def build_encoder(name: str, stem: str = "imagenet") -> Encoder:
+    """A backbone with fresh weights.
+
+    Args:
+        name: small, resnet18, resnet34 or resnet50.
+        stem: of the ResNets: imagenet (7x7 stride 2, max-pool) or small (3x3 stride 1, no pool; as
+            the CIFAR experiments of He et al. 2015 and of SimCLR, appendix B.9). `small` has one.
+
+    Raises:
+        InvalidConfig: an unknown name or stem.
+    """
+    if stem not in ("imagenet", "small"):
+        raise InvalidConfig(f"stem {stem!r} is unknown; choose one of imagenet, small")
+    match name:
+        case "small":
+            return _small()
+        case "resnet18":
+            return _resnet(torchvision.models.resnet18(), 512, stem)
+        case "resnet34":
+            return _resnet(torchvision.models.resnet34(), 512, stem)
+        case "resnet50":
+            return _resnet(torchvision.models.resnet50(), 2048, stem)
+        case _:
+            raise InvalidConfig(
+                f"encoder {name!r} is unknown; choose one of small, resnet18, resnet34, resnet50"
+            )
+
+
+def _resnet(net: nn.Module, dim: int, stem: str) -> Encoder:
+    """A torchvision ResNet taken apart into stages, its classifier left behind."""
+    parts = dict(net.named_children())
+    if stem == "small":
+        conv = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        first = nn.Sequential(conv, parts["bn1"], parts["relu"])
+    else:
+        first = nn.Sequential(parts["conv1"], parts["bn1"], parts["relu"], parts["maxpool"])
+    layers = {f"layer{i}": parts[f"layer{i}"] for i in (1, 2, 3, 4)}
+    return Encoder({"stem": first, **layers}, dim)
+
+
+def _small() -> Encoder:
+    """Six convolutions, 290,000 parameters; 32 pixels become 4."""
+    plan = [(3, 32, 1), (32, 48, 2), (48, 64, 1), (64, 96, 2), (96, 96, 1), (96, 128, 2)]
+    blocks = {f"conv{i}": _block(*sizes) for i, sizes in enumerate(plan, start=1)}
+    return Encoder(blocks, dim=plan[-1][1])
+
+
+def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    torch.nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))

@@ -1,0 +1,107 @@
+"""LARS, layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888), as BYOL uses it.
+
+The order is that of the authors' code (deepmind-research/byol/utils/optimizers.py): weight decay,
+then the trust ratio, then momentum, then the learning rate. Written over lists of tensors, so that
+a ResNet's 160 tensors cost a few calls, and nothing is read back to the host.
+"""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from byol_training.config import OptimizerConfig
+
+
+def split_parameters(parameters: Iterable[nn.Parameter]) -> tuple[list[Any], list[Any]]:
+    """(weights, the rest): biases and batch-norm parameters are those of one dimension.
+
+    The paper leaves the rest out of LARS' adaptation and of weight decay (section 3.3).
+    """
+    every = list(parameters)
+    return [p for p in every if p.ndim > 1], [p for p in every if p.ndim <= 1]
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Optimizer:
+    """The optimiser `config` names; its learning rate is set by the training loop at each step."""
+    weights, rest = split_parameters(parameters)
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay, "adapt": True},
+        {"params": rest, "weight_decay": 0.0, "adapt": False},
+    ]
+    match config.name:
+        case "lars":
+            return Lars(
+                groups, momentum=config.momentum, trust_coefficient=config.trust_coefficient
+            )
+        case "sgd":
+            return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, foreach=True)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+class Lars(Optimizer):
+    """SGD with momentum whose step is, per tensor, a set part of the tensor's length.
+
+    Args:
+        params: parameter groups; `adapt` False in a group leaves the trust ratio out.
+        lr: learning rate.
+        momentum: of the adapted gradients.
+        weight_decay: added to the gradient before adaptation.
+        trust_coefficient: η; the ratio is η·‖w‖/‖g‖, and 1 where either length is zero.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step from the gradients in `.grad`; tensors without one stay."""
+        if closure is not None:
+            raise NotImplementedError("Lars takes no closure: call backward before step")
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads = [cast(Tensor, p.grad) for p in params]
+        if group["weight_decay"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+        if group["adapt"]:
+            grads = list(torch._foreach_mul(grads, _trust(group, params, grads)))
+        moments = [self._momentum(p) for p in params]
+        torch._foreach_mul_(moments, group["momentum"])
+        torch._foreach_add_(moments, grads)
+        torch._foreach_add_(params, moments, alpha=-group["lr"])
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        return cast(Tensor, state["momentum"])
+
+
+def _trust(group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """η·‖w‖/‖g‖ per tensor, as scalars on the device."""
+    weight = torch.stack(list(torch._foreach_norm(params)))
+    grad = torch.stack(list(torch._foreach_norm(grads)))
+    ratio = group["trust_coefficient"] * weight / grad
+    ones = torch.ones_like(ratio)
+    return list(torch.where((weight > 0) & (grad > 0), ratio, ones).unbind())
