@@ -318,7 +318,7 @@ class UpsertRequest(google.protobuf.message.Message):
 
     @property
     def metadata(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[google.protobuf.struct_pb2.Struct]:
-        """Empty, or one for each id."""
+        """Empty, or one for each id. Numbers are doubles on the wire: a whole one is stored as an integer."""
 
     def __init__(
         self,
@@ -540,7 +540,7 @@ class SearchRequest(google.protobuf.message.Message):
     WITHOUT_METADATA_FIELD_NUMBER: builtins.int
     collection: builtins.str
     k: builtins.int
-    """1 .. the collection's size; more is INVALID_ARGUMENT."""
+    """1 .. the collection's size; more is INVALID_ARGUMENT. A query by id never answers with its own id."""
     min_score: builtins.float
     """Leaves out neighbours with a lower cosine similarity."""
     with_vectors: builtins.bool
@@ -638,7 +638,9 @@ Global___SearchResponse: typing_extensions.TypeAlias = SearchResponse
 
 @typing.final
 class Filter(google.protobuf.message.Message):
-    """A condition on metadata. Strings, numbers and booleans are compared with their own kind only."""
+    """A condition on metadata. Strings, numbers and booleans are compared with their own kind only.
+    (No field is called `in` or `not`: Python callers could not write them.)
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -740,32 +742,38 @@ class Filter(google.protobuf.message.Message):
         def WhichOneof(self, oneof_group: typing.Literal["_lte", b"_lte"]) -> typing.Literal["lte"] | None: ...
 
     EQUALS_FIELD_NUMBER: builtins.int
-    IN_FIELD_NUMBER: builtins.int
+    ONE_OF_FIELD_NUMBER: builtins.int
     RANGE_FIELD_NUMBER: builtins.int
     EXISTS_FIELD_NUMBER: builtins.int
     ALL_FIELD_NUMBER: builtins.int
     ANY_FIELD_NUMBER: builtins.int
-    NOT_FIELD_NUMBER: builtins.int
+    NEGATED_FIELD_NUMBER: builtins.int
     exists: builtins.str
     @property
     def equals(self) -> Global___Filter.Equals: ...
+    @property
+    def one_of(self) -> Global___Filter.In: ...
     @property
     def range(self) -> Global___Filter.Range: ...
     @property
     def all(self) -> Global___Filter.All: ...
     @property
     def any(self) -> Global___Filter.Any: ...
+    @property
+    def negated(self) -> Global___Filter: ...
     def __init__(
         self,
         *,
         equals: Global___Filter.Equals | None = ...,
+        one_of: Global___Filter.In | None = ...,
         range: Global___Filter.Range | None = ...,
         exists: builtins.str = ...,
         all: Global___Filter.All | None = ...,
         any: Global___Filter.Any | None = ...,
+        negated: Global___Filter | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["all", b"all", "any", b"any", "condition", b"condition", "equals", b"equals", "exists", b"exists", "in", b"in", "not", b"not", "range", b"range"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["all", b"all", "any", b"any", "condition", b"condition", "equals", b"equals", "exists", b"exists", "in", b"in", "not", b"not", "range", b"range"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["condition", b"condition"]) -> typing.Literal["equals", "in", "range", "exists", "all", "any", "not"] | None: ...
+    def HasField(self, field_name: typing.Literal["all", b"all", "any", b"any", "condition", b"condition", "equals", b"equals", "exists", b"exists", "negated", b"negated", "one_of", b"one_of", "range", b"range"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["all", b"all", "any", b"any", "condition", b"condition", "equals", b"equals", "exists", b"exists", "negated", b"negated", "one_of", b"one_of", "range", b"range"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["condition", b"condition"]) -> typing.Literal["equals", "one_of", "range", "exists", "all", "any", "negated"] | None: ...
 
 Global___Filter: typing_extensions.TypeAlias = Filter

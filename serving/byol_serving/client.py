@@ -1,0 +1,340 @@
+"""The Python client: images in, vectors and neighbours out. No torch, no ONNX Runtime, no FAISS.
+
+    with Client("127.0.0.1:50051") as client:
+        client.create_collection("cats")
+        client.upsert("cats", ["tom", "kit"], images=[Path("tom.jpg"), Path("kit.jpg")])
+        for hit in client.search("cats", image=Path("unknown.jpg"), k=1):
+            print(hit.id, hit.score)
+
+`AsyncClient` has the same methods as coroutines. Both raise the errors of `byol_serving.errors`, as
+the server raised them. Calls that are safe to repeat are tried again with backoff while the server
+is unavailable or overloaded; every call has a deadline that spans all its tries.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from byol_serving import client_batches
+from byol_serving import client_calls as calls
+from byol_serving.client_async import AsyncClient
+from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
+from byol_serving.client_calls import Call, EncoderInfo, Retry, SearchOptions
+from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
+from byol_serving.collections.types import (
+    CollectionInfo,
+    Hit,
+    IndexKind,
+    Item,
+    Metadata,
+    UpsertCounts,
+)
+from byol_serving.pb.byol.v1 import byol_pb2 as pb
+from byol_serving.rpc.filters import Where
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ClientTls",
+    "CollectionInfo",
+    "EncoderInfo",
+    "Hit",
+    "ImageLike",
+    "Item",
+    "Retry",
+    "SearchOptions",
+    "UpsertCounts",
+]
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class Client:
+    """A connection to one server. Thread-safe; make one and share it."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout: float = 60.0,
+        retry: Retry | None = None,
+        tls: ClientTls | None = None,
+        batch_size: int = 64,
+        concurrency: int = 4,
+    ) -> None:
+        """Connects with the first call.
+
+        Args:
+            address: host:port.
+            timeout: seconds for a call with all its tries.
+            retry: how often and how fast to try again.
+            tls: plain text without it.
+            batch_size: images in one request; longer lists are split.
+            concurrency: requests in flight for a list that was split.
+        """
+        self._channel = (
+            grpc.insecure_channel(address, OPTIONS)
+            if tls is None
+            else grpc.secure_channel(address, tls.credentials(), OPTIONS)
+        )
+        self._timeout = timeout
+        self._retry = retry or Retry()
+        self._batch_size = batch_size
+        self._concurrency = concurrency
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="byol-client")
+        self._methods: dict[str, Callable[..., Any]] = {}
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._pool.shutdown(cancel_futures=True)
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+    # --- images to vectors ----------------------------------------------------------------------
+
+    def encoder(self) -> EncoderInfo:
+        """The encoder that the server has loaded."""
+        return self._send(calls.encoder())
+
+    def embed(
+        self, images: Iterable[ImageLike] | NDArray[np.uint8], *, dtype: DTypeName = "float32"
+    ) -> Embeddings:
+        """Embeds images.
+
+        Args:
+            images: files, paths, Pillow images or pixels, any number of them; or one array uint8
+                [N, S, S, 3] of the encoder's input size, which is sent as it is.
+            dtype: of the answer; float16 and int8 (127 times the value) are smaller.
+
+        Returns:
+            [N, D] of that dtype, L2-normalised; [0, 0] for no images.
+
+        Raises:
+            InvalidImage: names the position of the bad image.
+        """
+        if isinstance(images, np.ndarray) and images.ndim == 4:
+            chunks = client_batches.chunked(images, self._batch_size)
+            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, dtype)), chunks)
+        else:
+            parts = self._spread(
+                lambda part: self._send(calls.embed(part.images, dtype), offset=part.offset),
+                client_batches.batches(images, max_images=self._batch_size),
+            )
+        return client_batches.joined(list(parts), dtype)
+
+    def embed_stream(
+        self, images: Iterable[ImageLike], *, dtype: DTypeName = "float32"
+    ) -> Iterator[Embeddings]:
+        """Embeds any number of images over one call: yields [n, D] a batch, in order.
+
+        `images` is read as the server takes them, so a generator over millions of files uses little
+        memory. The default timeout does not apply, and nothing is tried again.
+        """
+        batches = client_batches.batches(images, max_images=self._batch_size)
+        requests = (calls.embed_request(part.images, dtype) for part in batches)
+        stream = self._channel.stream_stream(
+            calls.EMBED_STREAM,
+            request_serializer=pb.EmbedRequest.SerializeToString,
+            response_deserializer=pb.EmbedResponse.FromString,
+        )
+        done = 0
+        answers = stream(requests)
+        try:
+            for answer in answers:
+                rows = calls.embed_answer(answer)
+                done += len(rows)
+                yield rows
+        except grpc.RpcError as failure:
+            raise calls.moved(byol_error(failure), done) from failure
+        finally:
+            answers.cancel()
+
+    # --- collections ----------------------------------------------------------------------------
+
+    def create_collection(
+        self, name: str, *, dim: int = 0, encoder_id: str = "", index: IndexKind = "flat"
+    ) -> CollectionInfo:
+        """Makes an empty collection; by default for vectors of the loaded encoder."""
+        return self._send(calls.create(name, dim, encoder_id, index))
+
+    def collection(self, name: str) -> CollectionInfo:
+        """A collection's facts."""
+        return self._send(calls.collection(name))
+
+    def collections(self) -> list[CollectionInfo]:
+        """All collections."""
+        return self._send(calls.collections())
+
+    def drop_collection(self, name: str) -> None:
+        """Deletes a collection with everything in it."""
+        self._send(calls.drop(name))
+
+    def upsert(
+        self,
+        collection: str,
+        ids: Sequence[str],
+        *,
+        images: Iterable[ImageLike] | None = None,
+        vectors: NDArray[np.float32] | None = None,
+        metadata: Sequence[Metadata] | None = None,
+        encoder_id: str = "",
+    ) -> UpsertCounts:
+        """Inserts items, or replaces those whose id exists; what it counts is on disk.
+
+        Long lists are split into requests: each is stored whole or not at all, the list is not.
+
+        Args:
+            collection: its name.
+            ids: one for each item, no two alike.
+            images: to be embedded by the server; or
+            vectors: float32 or float16 [N, D], made by the collection's encoder.
+            metadata: JSON values for each item; absent: empty.
+            encoder_id: who made `vectors`; if given and not the collection's, EncoderMismatch.
+        """
+        parts = client_batches.upsert_parts(
+            collection,
+            ids,
+            images=images,
+            vectors=vectors,
+            metadata=metadata,
+            encoder_id=encoder_id,
+            max_images=self._batch_size,
+        )
+        counts = self._spread(
+            lambda part: self._send(calls.upsert(part.request), offset=part.offset), parts
+        )
+        return calls.summed(counts)
+
+    def set_metadata(
+        self, collection: str, ids: Sequence[str], metadata: Sequence[Metadata]
+    ) -> None:
+        """Replaces metadata and leaves the vectors alone; UnknownId if one is not there."""
+        self._send(calls.set_metadata(collection, ids, metadata))
+
+    def delete(
+        self, collection: str, ids: Sequence[str] | None = None, *, where: Where | None = None
+    ) -> int:
+        """Deletes by id, or what matches a filter; returns how many there were."""
+        return self._send(calls.delete(collection, ids, where))
+
+    def get(self, collection: str, ids: Sequence[str], *, with_vectors: bool = False) -> list[Item]:
+        """Items in the order of `ids`; UnknownId if one is not there."""
+        return self._send(calls.get(collection, ids, with_vectors))
+
+    def search(
+        self,
+        collection: str,
+        *,
+        image: ImageLike | None = None,
+        vector: NDArray[np.float32] | None = None,
+        id: str | None = None,  # noqa: A002 (the name that callers expect)
+        k: int = 10,
+        where: Where | None = None,
+        min_score: float | None = None,
+        with_vectors: bool = False,
+        with_metadata: bool = True,
+    ) -> list[Hit]:
+        """The k nearest of one query, best first.
+
+        Args:
+            collection: its name.
+            image: the query; or
+            vector: float32 [D]; or
+            id: an item of the collection, which is left out of the answer.
+            k: from 1 to the collection's size.
+            where: condition on metadata: a dict such as {"label": "cat", "price": {"gte": 3}}
+                (see `byol_serving.rpc.filters`) or a tree of `byol_serving.collections.filters`.
+            min_score: leaves out neighbours with a lower cosine similarity.
+            with_vectors: also the neighbours' vectors.
+            with_metadata: also their metadata.
+        """
+        options = SearchOptions(
+            k=k,
+            where=where,
+            min_score=min_score,
+            with_vectors=with_vectors,
+            with_metadata=with_metadata,
+        )
+        query = calls.search_one(collection, options, image=image, vector=vector, id=id)
+        return self._send(query)[0]
+
+    def search_many(
+        self,
+        collection: str,
+        options: SearchOptions | None = None,
+        *,
+        images: Iterable[ImageLike] = (),
+        ids: Iterable[str] = (),
+        vectors: NDArray[np.float32] | None = None,
+    ) -> list[list[Hit]]:
+        """The neighbours of many queries in one call: by image, then id, then rows of vectors."""
+        options = options or SearchOptions()
+        call = calls.search(collection, options, images=images, ids=ids, vectors=vectors)
+        return self._send(call)
+
+    # --- sending --------------------------------------------------------------------------------
+
+    def _send(self, call: Call[Out], *, offset: int = 0) -> Out:
+        """Sends a call, again where that is safe and promises something."""
+        send = self._method(call)
+        deadline = time.monotonic() + self._timeout
+        for tried in itertools.count(1):
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                return call.parse(send(call.request, timeout=left))
+            except grpc.RpcError as failure:
+                error = byol_error(failure)
+                pause = self._retry.pause(error, call, tried, deadline - time.monotonic())
+                if pause is None:
+                    raise calls.moved(error, offset) from failure
+            time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _method(self, call: Call[Any]) -> Callable[..., Any]:
+        if (known := self._methods.get(call.method)) is None:
+            known = self._methods[call.method] = self._channel.unary_unary(
+                call.method,
+                request_serializer=type(call.request).SerializeToString,
+                response_deserializer=call.answer.FromString,
+            )
+        return known
+
+    def _spread(self, send: Callable[[In], Out], parts: Iterable[In]) -> Iterator[Out]:
+        """Sends parts, a few at a time, and yields the answers in order."""
+        parts = iter(parts)
+        first = list(itertools.islice(parts, 2))
+        if len(first) < 2:  # a lone part needs no thread
+            yield from map(send, first)
+            return
+        pending: deque[Future[Out]] = deque()
+        try:
+            for part in itertools.chain(first, parts):
+                if len(pending) == self._concurrency:
+                    yield pending.popleft().result()
+                pending.append(self._pool.submit(send, part))
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,287 @@
+"""What both clients share: each call as a request and a way to read its answer, and when to retry.
+
+A `Call` is plain data, so that the synchronous and the asynchronous client differ in nothing but
+how they send it.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from byol_serving.client_batches import DTypeName, Embeddings, ImageLike, image_bytes, packed
+from byol_serving.collections.types import (
+    CollectionInfo,
+    Hit,
+    IndexKind,
+    Item,
+    Metadata,
+    UpsertCounts,
+)
+from byol_serving.errors import ByolError, InvalidImage, InvalidRequest, Overloaded, Unavailable
+from byol_serving.pb.byol.v1 import byol_pb2 as pb
+from byol_serving.rpc.convert import (
+    metadata_to_struct,
+    pixels_to_tensor,
+    raw_array,
+)
+from byol_serving.rpc.filters import Where, parse_where, to_message
+from byol_serving.rpc.items import collection_info, hits_value, item_value
+
+Out = TypeVar("Out")
+
+
+_DTYPES: Mapping[str, pb.DType.ValueType] = {
+    "float32": pb.DTYPE_FLOAT32,
+    "float16": pb.DTYPE_FLOAT16,
+    "int8": pb.DTYPE_INT8,
+}
+EMBED_STREAM = "/byol.v1.Embedder/EmbedStream"
+_EMBEDDER, _COLLECTIONS = "/byol.v1.Embedder/", "/byol.v1.Collections/"
+
+
+@dataclass(frozen=True)
+class Call(Generic[Out]):
+    """One call, ready to be sent."""
+
+    method: str
+    request: Message
+    answer: type[Message]
+    parse: Callable[[Any], Out]
+    repeatable: bool = True
+    """Whether doing it twice ends as doing it once: then it is tried again on UNAVAILABLE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderInfo:
+    """The encoder that a server has loaded."""
+
+    encoder_id: str
+    name: str
+    image_size: int
+    dim: int
+    precision: str
+    provider: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """Exponential backoff with full jitter, never shorter than the server's own hint."""
+
+    attempts: int = 5
+    """Tries altogether; 1 never tries again."""
+    first_s: float = 0.05
+    """Upper bound of the first pause; it doubles each time ..."""
+    longest_s: float = 2.0
+    """... up to this."""
+
+    def pause(self, error: ByolError, call: Call[Any], tried: int, left_s: float) -> float | None:
+        """Seconds to wait before trying again, or None to give up.
+
+        Overloaded says that nothing was done, so it is safe for any call; after Unavailable the
+        server may have done the work, so only repeatable calls are sent again.
+        """
+        match error:
+            case Overloaded(retry_after_s=least):
+                pass
+            case Unavailable() if call.repeatable:
+                least = 0.0
+            case _:
+                return None
+        most = min(self.longest_s, self.first_s * 2.0 ** (tried - 1))
+        pause = least + random.uniform(0, most)
+        return pause if tried < self.attempts and pause < left_s else None
+
+
+def moved(error: ByolError, offset: int) -> ByolError:
+    """The error of one part of a split request, with the position in the whole."""
+    if isinstance(error, InvalidImage) and error.position is not None:
+        return error.at(error.position + offset)
+    return error
+
+
+# --- Embedder -----------------------------------------------------------------------------------
+
+
+def embed_request(images: Sequence[bytes], dtype: DTypeName) -> pb.EmbedRequest:
+    """A request with image files."""
+    return pb.EmbedRequest(images=images, dtype=_DTYPES[dtype])
+
+
+def embed_answer(response: pb.EmbedResponse) -> Embeddings:
+    """[N, D] in the dtype that was asked for."""
+    return raw_array(response.embeddings)
+
+
+def embed(images: Sequence[bytes], dtype: DTypeName) -> Call[Embeddings]:
+    """Embed image files."""
+    request = embed_request(images, dtype)
+    return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
+
+
+def embed_pixels(pixels: NDArray[np.uint8], dtype: DTypeName) -> Call[Embeddings]:
+    """Embed uint8 [N, S, S, 3]."""
+    request = pb.EmbedRequest(pixels=pixels_to_tensor(pixels), dtype=_DTYPES[dtype])
+    return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
+
+
+def encoder() -> Call[EncoderInfo]:
+    """What is loaded."""
+
+    def parse(answer: pb.Encoder) -> EncoderInfo:
+        return EncoderInfo(
+            encoder_id=answer.encoder_id,
+            name=answer.name,
+            image_size=answer.image_size,
+            dim=answer.dim,
+            precision=answer.precision,
+            provider=answer.provider,
+        )
+
+    return Call(_EMBEDDER + "GetEncoder", pb.GetEncoderRequest(), pb.Encoder, parse)
+
+
+# --- Collections --------------------------------------------------------------------------------
+
+
+def create(name: str, dim: int, encoder_id: str, index: IndexKind) -> Call[CollectionInfo]:
+    """Make a collection."""
+    request = pb.CreateCollectionRequest(name=name, dim=dim, encoder_id=encoder_id, index=index)
+    method = _COLLECTIONS + "CreateCollection"
+    return Call(method, request, pb.Collection, collection_info, repeatable=False)
+
+
+def collection(name: str) -> Call[CollectionInfo]:
+    """A collection's facts."""
+    request = pb.GetCollectionRequest(name=name)
+    return Call(_COLLECTIONS + "GetCollection", request, pb.Collection, collection_info)
+
+
+def collections() -> Call[list[CollectionInfo]]:
+    """All collections."""
+
+    def parse(answer: pb.ListCollectionsResponse) -> list[CollectionInfo]:
+        return [collection_info(each) for each in answer.collections]
+
+    request = pb.ListCollectionsRequest()
+    return Call(_COLLECTIONS + "ListCollections", request, pb.ListCollectionsResponse, parse)
+
+
+def drop(name: str) -> Call[None]:
+    """Delete a collection."""
+    request = pb.DropCollectionRequest(name=name)
+    method = _COLLECTIONS + "DropCollection"
+    return Call(method, request, pb.DropCollectionResponse, _nothing, repeatable=False)
+
+
+def upsert_answer(answer: pb.UpsertResponse) -> UpsertCounts:
+    """How many were new, and how many replaced."""
+    return UpsertCounts(inserted=answer.inserted, updated=answer.updated)
+
+
+def summed(counts: Iterable[UpsertCounts]) -> UpsertCounts:
+    """The counts of all parts."""
+    inserted = updated = 0
+    for each in counts:
+        inserted += each.inserted
+        updated += each.updated
+    return UpsertCounts(inserted=inserted, updated=updated)
+
+
+def upsert(request: pb.UpsertRequest) -> Call[UpsertCounts]:
+    """Insert or replace."""
+    return Call(_COLLECTIONS + "Upsert", request, pb.UpsertResponse, upsert_answer)
+
+
+def set_metadata(name: str, ids: Sequence[str], metadata: Sequence[Metadata]) -> Call[None]:
+    """Replace metadata."""
+    structs = map(metadata_to_struct, metadata)
+    request = pb.SetMetadataRequest(collection=name, ids=ids, metadata=structs)
+    return Call(_COLLECTIONS + "SetMetadata", request, pb.SetMetadataResponse, _nothing)
+
+
+def delete(name: str, ids: Sequence[str] | None, where: Where | None) -> Call[int]:
+    """Delete by id or by filter; sent again, it would count fewer, so it is not repeatable."""
+    condition = None if where is None else to_message(parse_where(where))
+    request = pb.DeleteRequest(collection=name, ids=ids or (), filter=condition)
+    method = _COLLECTIONS + "Delete"
+    return Call(method, request, pb.DeleteResponse, lambda answer: answer.deleted, repeatable=False)
+
+
+def get(name: str, ids: Sequence[str], with_vectors: bool) -> Call[list[Item]]:
+    """Items by id."""
+
+    def parse(answer: pb.GetResponse) -> list[Item]:
+        return [item_value(each) for each in answer.items]
+
+    request = pb.GetRequest(collection=name, ids=ids, with_vectors=with_vectors)
+    return Call(_COLLECTIONS + "Get", request, pb.GetResponse, parse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What a search answers with, for one query or many."""
+
+    k: int = 10
+    where: Where | None = None
+    min_score: float | None = None
+    with_vectors: bool = False
+    with_metadata: bool = True
+
+
+def search(
+    name: str,
+    options: SearchOptions,
+    *,
+    images: Iterable[ImageLike] = (),
+    ids: Iterable[str] = (),
+    vectors: NDArray[np.float32] | None = None,
+) -> Call[list[list[Hit]]]:
+    """The neighbours of each query: those by image first, then by id, then the rows of vectors."""
+    if options.k < 1:
+        raise InvalidRequest(f"k {options.k} is below 1; ask for at least one neighbour")
+    request = pb.SearchRequest(
+        collection=name,
+        queries=itertools.chain(
+            (pb.Query(image=image_bytes(each)) for each in images),
+            (pb.Query(id=each) for each in ids),
+        ),
+        vectors=None if vectors is None else packed(vectors),
+        k=options.k,
+        filter=None if options.where is None else to_message(parse_where(options.where)),
+        min_score=options.min_score,
+        with_vectors=options.with_vectors,
+        without_metadata=not options.with_metadata,
+    )
+
+    def parse(answer: pb.SearchResponse) -> list[list[Hit]]:
+        return [hits_value(each) for each in answer.results]
+
+    return Call(_COLLECTIONS + "Search", request, pb.SearchResponse, parse)
+
+
+def search_one(
+    name: str,
+    options: SearchOptions,
+    *,
+    image: ImageLike | None,
+    vector: NDArray[np.float32] | None,
+    id: str | None,  # noqa: A002
+) -> Call[list[list[Hit]]]:
+    """The neighbours of one query, in a list of one."""
+    if sum(each is not None for each in (image, vector, id)) != 1:
+        raise InvalidRequest("give exactly one of image, vector and id to search by")
+    if vector is not None:
+        return search(name, options, vectors=np.asarray(vector)[None])
+    if id is not None:
+        return search(name, options, ids=[id])
+    return search(name, options, images=[] if image is None else [image])
+
+
+def _nothing(answer: Message) -> None:
+    return None

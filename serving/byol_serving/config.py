@@ -1,0 +1,96 @@
+"""Settings of the server: one frozen dataclass, checked once, before anything is loaded."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from byol_serving.errors import InvalidConfig
+from byol_serving.images import ImageLimits
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on (which a container may have narrowed)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsConfig:
+    """Encryption, and with `client_ca` also who may connect. All files are PEM."""
+
+    cert: Path
+    """The server's certificate chain."""
+    key: Path
+    """Its private key."""
+    client_ca: Path | None = None
+    """If given, clients must show a certificate that this authority signed (mutual TLS)."""
+
+    def __post_init__(self) -> None:
+        """Refuses files that cannot be read."""
+        for name, path in (("cert", self.cert), ("key", self.key), ("client_ca", self.client_ca)):
+            if path is not None and not path.is_file():
+                raise InvalidConfig(f"tls {name} {path} is not a file; give the path of a PEM file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Everything that `byol serve` can be told. Raises InvalidConfig for values out of range."""
+
+    bundle: Path | None = None
+    """Encoder bundle to load; without one the server answers only for vectors made elsewhere."""
+    store: Path | None = None
+    """Folder of the collections; without one the server only embeds."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface."""
+    port: int = 50051
+    """Port to listen on; 0 lets the system choose."""
+    tls: TlsConfig | None = None
+    """Plain text if absent."""
+    device: str = "auto"
+    """Where the encoder runs: auto, cpu or cuda."""
+    threads: int = 0
+    """ONNX Runtime threads for one inference; 0 lets the encoder choose."""
+    inference_workers: int = 1
+    """Batches that may be in the encoder at the same time."""
+    decode_workers: int = field(default_factory=available_cpus)
+    """Threads that decode images; one for each CPU by default."""
+    collection_workers: int = 4
+    """Threads that wait for the store's disk and index."""
+    max_batch: int = 64
+    """Images in one inference; a larger request is split."""
+    max_queued_images: int = 4096
+    """Images accepted and not yet answered; over it callers are told to retry."""
+    max_queued_bytes: int = 512 * 2**20
+    """Bytes of accepted images, encoded and decoded, not yet answered; over it as above."""
+    stream_window: int = 8
+    """Requests of one stream in flight; then its sender is held back."""
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    """What one image may be."""
+    max_message_bytes: int = 64 * 2**20
+    """Size of one request or response; gRPC answers RESOURCE_EXHAUSTED over it."""
+    drain_seconds: float = 30.0
+    """After SIGTERM, how long accepted requests may take before they are cut off."""
+
+    def __post_init__(self) -> None:
+        """Checks every limit, naming the value, the limit and the remedy."""
+        if self.bundle is None and self.store is None:
+            raise InvalidConfig("neither bundle nor store: give --bundle, --store or both")
+        for name, low, high in (
+            ("port", 0, 65535),
+            ("threads", 0, 1024),
+            ("inference_workers", 1, 64),
+            ("decode_workers", 1, 1024),
+            ("collection_workers", 1, 256),
+            ("max_batch", 1, 65536),
+            ("max_queued_images", 1, 10**9),
+            ("max_queued_bytes", 2**20, 2**50),
+            ("stream_window", 1, 1024),
+            ("max_message_bytes", 2**10, 2**31 - 1),
+            ("drain_seconds", 0, 86400),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InvalidConfig(f"{name} {value} is outside {low}..{high}")
+        if not self.host:
+            raise InvalidConfig("host is empty; give an address such as 127.0.0.1 or 0.0.0.0")

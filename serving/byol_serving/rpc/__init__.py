@@ -1,0 +1,1 @@
+"""The gRPC surface: servicers, the table of status codes, and the wrapper around every call."""

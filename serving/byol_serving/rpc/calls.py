@@ -1,0 +1,167 @@
+"""What happens around every call: request id, status, one log line, and the count for draining."""
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+
+from byol_serving.errors import ByolError, Unavailable
+from byol_serving.rpc.status import Pairs, code_of, trailers_of
+
+REQUEST_ID_KEY = "x-request-id"
+
+log = logging.getLogger("byol.rpc")
+
+_GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """Wraps every method of our services, so that none can be forgotten.
+
+    Errors of the project's tree become their status; anything else becomes INTERNAL with a request
+    id, and only the log has the traceback.
+    """
+
+    def __init__(self) -> None:
+        """Accepts calls at once."""
+        self.in_flight = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._wrapped: dict[str, _Handler] = {}
+
+    async def drain(self) -> None:
+        """Refuses new calls from now on, and returns when the accepted ones are answered."""
+        self._draining = True
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["_Handler | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "_Handler | None":
+        """Called by gRPC for each call; the wrapped handler of a method is made once."""
+        method = handler_call_details.method
+        if (known := self._wrapped.get(method)) is not None:
+            return known
+        handler = await continuation(handler_call_details)
+        if handler is None or not method.startswith("/byol."):  # health and reflection: as they are
+            return handler
+        wrapped = self._wrapped[method] = self._wrap(method, handler)
+        return wrapped
+
+    def _wrap(self, method: str, handler: _Handler) -> _Handler:
+        coders = (handler.request_deserializer, handler.response_serializer)
+        if handler.unary_unary is not None:
+            answer: Any = handler.unary_unary
+
+            async def unary(request: Any, context: _Context) -> Any:
+                call = _Call(self, method, context)
+                try:
+                    response = await answer(request, context)
+                except BaseException as error:
+                    await call.fail(error)
+                else:
+                    call.end("OK")
+                    return response
+
+            return grpc.unary_unary_rpc_method_handler(unary, *coders)
+        if handler.stream_stream is None:
+            raise NotImplementedError(f"{method} is neither unary nor a two-way stream")
+        stream: Any = handler.stream_stream
+
+        async def streaming(requests: Any, context: _Context) -> AsyncIterator[Any]:
+            call = _Call(self, method, context)
+            try:
+                self._admit()
+                async with aclosing(stream(requests, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except BaseException as error:
+                await call.fail(error)
+            else:
+                call.end("OK")
+
+        return grpc.stream_stream_rpc_method_handler(streaming, *coders)
+
+    def began(self) -> None:
+        """Counts a call in."""
+        self.in_flight += 1
+        self._idle.clear()
+
+    def ended(self) -> None:
+        """Counts a call out."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.set()
+
+    def _admit(self) -> None:
+        if self._draining:
+            raise Unavailable("the server is draining; ask another, or again later")
+
+
+class _Call:
+    """One call from its first to its last moment."""
+
+    def __init__(self, calls: Calls, method: str, context: _Context) -> None:
+        self._calls, self._method, self._context = calls, method, context
+        self._began = time.perf_counter()
+        self.id = _request_id(context)
+        self._trailers: Pairs = ((REQUEST_ID_KEY, self.id),)
+        context.set_trailing_metadata(self._trailers)
+        calls.began()
+
+    async def fail(self, error: BaseException) -> NoReturn:
+        """Ends the call with the status of `error`."""
+        match error:
+            case ByolError():
+                code = code_of(error)
+                self.end(code.name, str(error))
+                await self._context.abort(code, str(error), (*self._trailers, *trailers_of(error)))
+            case Exception() if not isinstance(error, grpc.aio.AbortError):
+                log.error("unexpected error request_id=%s", self.id, exc_info=error)
+                self.end("INTERNAL", type(error).__name__)
+                text = (
+                    f"internal error; the server's log has the details under request id {self.id}"
+                )
+                await self._context.abort(grpc.StatusCode.INTERNAL, text, self._trailers)
+            case _:  # cancelled by the client, by its deadline, or by the end of the drain
+                self.end("CANCELLED")
+                raise error
+
+    def end(self, code: str, reason: str = "") -> None:
+        """Counts the call out and writes its line."""
+        self._calls.ended()
+        took = (time.perf_counter() - self._began) * 1000
+        log.info(
+            "method=%s code=%s ms=%.2f request_id=%s peer=%s%s",
+            self._method,
+            code,
+            took,
+            self.id,
+            self._context.peer(),
+            f" reason={reason!r}" if reason else "",
+            extra={"method": self._method, "code": code, "ms": took, "request_id": self.id},
+        )
+
+
+def _request_id(context: _Context) -> str:
+    """The caller's own id where it is printable and short, else a new one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _GOOD_ID.fullmatch(value):
+            return value
+    return os.urandom(8).hex()
+
+
+def deadline_of(context: _Context) -> float | None:
+    """The caller's deadline on time.monotonic()'s clock, or None."""
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + left

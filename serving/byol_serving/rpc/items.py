@@ -1,0 +1,84 @@
+"""Collections' values as messages, and back for the client."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from byol_serving.collections.types import CollectionInfo, Hit, Item
+from byol_serving.pb.byol.v1 import byol_pb2 as pb
+from byol_serving.rpc.convert import (
+    embeddings_to_tensor,
+    metadata_to_struct,
+    struct_to_metadata,
+    tensor_to_vectors,
+)
+
+
+def collection_message(info: CollectionInfo) -> pb.Collection:
+    """A collection's facts."""
+    return pb.Collection(
+        name=info.name,
+        dim=info.dim,
+        encoder_id=info.encoder_id,
+        count=info.count,
+        index=info.index,
+    )
+
+
+def collection_info(message: pb.Collection) -> CollectionInfo:
+    """The reverse of `collection_message`."""
+    return CollectionInfo(
+        name=message.name,
+        dim=message.dim,
+        encoder_id=message.encoder_id,
+        count=message.count,
+        index=message.index,
+    )
+
+
+def item_message(item: Item) -> pb.Item:
+    """A stored item."""
+    vector = None if item.vector is None else embeddings_to_tensor(item.vector)
+    return pb.Item(id=item.id, metadata=metadata_to_struct(item.metadata), vector=vector)
+
+
+def item_value(message: pb.Item) -> Item:
+    """The reverse of `item_message`."""
+    return Item(
+        id=message.id,
+        metadata=struct_to_metadata(message.metadata),
+        vector=_vector(message),
+    )
+
+
+def hits_message(hits: Sequence[Hit]) -> pb.Hits:
+    """The neighbours of one query; no metadata is left out, not sent empty."""
+    return pb.Hits(hits=map(_hit_message, hits))
+
+
+def hits_value(message: pb.Hits) -> list[Hit]:
+    """The reverse of `hits_message`."""
+    return [
+        Hit(
+            id=hit.id,
+            score=hit.score,
+            metadata=struct_to_metadata(hit.metadata),
+            vector=_vector(hit),
+        )
+        for hit in message.hits
+    ]
+
+
+def _hit_message(hit: Hit) -> pb.Hit:
+    return pb.Hit(
+        id=hit.id,
+        score=hit.score,
+        metadata=metadata_to_struct(hit.metadata) if hit.metadata else None,
+        vector=None if hit.vector is None else embeddings_to_tensor(hit.vector),
+    )
+
+
+def _vector(
+    message: pb.Item | pb.Hit,
+) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None":
+    return tensor_to_vectors(message.vector, ndim=1) if message.HasField("vector") else None

@@ -1,0 +1,219 @@
+"""The server's life: load and prove the encoder, open the store, warm up, serve, drain.
+
+    config = ServeConfig(bundle=Path("bundle"), store=Path("store"))
+    async with serving(config) as running:
+        print(running.address)
+
+`run_server` does the same until a signal comes, for the command line.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Literal, cast
+
+import grpc
+import numpy as np
+import uvloop
+from grpc_health.v1 import health as grpc_health
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from byol_serving.bundle import load_bundle
+from byol_serving.collections.store import Store
+from byol_serving.config import ServeConfig, TlsConfig
+from byol_serving.encoder import Encoder
+from byol_serving.errors import InvalidConfig
+from byol_serving.pb.byol.v1 import byol_pb2, byol_pb2_grpc
+from byol_serving.rpc.calls import Calls
+from byol_serving.rpc.collections import CollectionsService
+from byol_serving.rpc.embedder import EmbedderService, LoadedEncoder
+from byol_serving.rpc.pipeline import Pipeline
+from byol_serving.rpc.pools import BlockingCalls
+
+log = logging.getLogger("byol.server")
+
+SERVICES: Sequence[str] = tuple(
+    service.full_name for service in byol_pb2.DESCRIPTOR.services_by_name.values()
+)
+
+
+class Running:
+    """A server that answers."""
+
+    def __init__(self, server: grpc.aio.Server, calls: Calls, health: Any, address: str) -> None:
+        """Made by `serving`."""
+        self._server, self._calls, self._health = server, calls, health
+        self.address = address
+        """host:port, with the port that was chosen where 0 was asked for."""
+
+    async def drain(self, seconds: float) -> bool:
+        """Says NOT_SERVING, refuses new calls, and waits for the accepted ones.
+
+        Returns:
+            Whether all of them were answered; after `seconds` the others are cut off.
+        """
+        await self._health.enter_graceful_shutdown()
+        # Tells clients to look for another server. It does not end by itself while somebody
+        # watches the health service, so the wait below is for our own calls only.
+        closing = asyncio.ensure_future(self._server.stop(seconds))
+        try:
+            async with asyncio.timeout(seconds):
+                await self._calls.drain()
+            drained = True
+        except TimeoutError:
+            log.warning("%d calls were cut off after %g s", self._calls.in_flight, seconds)
+            drained = False
+        await self._server.stop(None)
+        await closing
+        return drained
+
+
+@asynccontextmanager
+async def serving(config: ServeConfig) -> AsyncIterator[Running]:
+    """A server that is ready, until the block ends; then it drains and everything is closed.
+
+    Raises:
+        InvalidBundle: the bundle is damaged or fails its golden check.
+        InvalidConfig: no such device, or the address cannot be listened on.
+        StoreLocked, StoreCorrupt, StoreError: the store cannot be opened.
+    """
+    async with AsyncExitStack() as stack:
+        encoder = None if config.bundle is None else await asyncio.to_thread(_load, config)
+        if encoder is not None:
+            stack.push_async_callback(asyncio.to_thread, encoder.pipeline.close)
+        store = None if config.store is None else await asyncio.to_thread(Store, config.store)
+        if store is not None:
+            stack.push_async_callback(asyncio.to_thread, store.close)
+        blocking = BlockingCalls(config.collection_workers)
+        stack.push_async_callback(asyncio.to_thread, blocking.close)
+        running = await _start(config, encoder, store, blocking)
+        try:
+            yield running
+        finally:
+            await running.drain(config.drain_seconds)
+
+
+def run_server(config: ServeConfig, on_ready: Callable[[str], None] = lambda address: None) -> int:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal stops the process at once.
+
+    Args:
+        config: what to serve, and where.
+        on_ready: called with host:port once requests are answered.
+
+    Returns:
+        The exit status: 0 if everything that was accepted was answered, else 1.
+
+    Raises:
+        As `serving`.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve_until_signal(config, on_ready))
+
+
+async def _serve_until_signal(config: ServeConfig, on_ready: Callable[[str], None]) -> int:
+    stopping = asyncio.Event()
+
+    def stop(name: str) -> None:
+        if stopping.is_set():
+            log.warning("%s again: stopping at once", name)
+            logging.shutdown()
+            os._exit(1)  # a batch in a thread must not be able to delay this; the store is durable
+        log.info("%s: draining", name)
+        stopping.set()
+
+    async with serving(config) as running:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop, number.name)
+        log.info("ready address=%s services=%s", running.address, ",".join(SERVICES))
+        on_ready(running.address)
+        await stopping.wait()
+        return 0 if await running.drain(config.drain_seconds) else 1
+
+
+def _load(config: ServeConfig) -> LoadedEncoder:
+    """Loads the encoder, holds it against its golden pairs, and runs every step once."""
+    assert config.bundle is not None
+    bundle = load_bundle(config.bundle)
+    device = cast(Literal["auto", "cpu", "cuda"], config.device)
+    encoder = Encoder(bundle, device=device, threads=config.threads)
+    worst = encoder.check_golden()
+    log.info(
+        "encoder=%s id=%s provider=%s golden_cosine_distance=%.1e",
+        bundle.info.name,
+        bundle.info.encoder_id[:12],
+        encoder.provider,
+        worst,
+    )
+    size = bundle.info.preprocess.size
+    # The first run of a batch size allocates: better now than for the first callers.
+    for batch in (1, config.max_batch):
+        encoder.embed(np.zeros((batch, size, size, 3), np.uint8))
+    pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config)
+    return LoadedEncoder(bundle.info, encoder.provider, pipeline)
+
+
+async def _start(
+    config: ServeConfig,
+    encoder: LoadedEncoder | None,
+    store: Store | None,
+    blocking: BlockingCalls,
+) -> Running:
+    calls = Calls()
+    server = grpc.aio.server(
+        interceptors=[calls],
+        options=[
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            ("grpc.max_send_message_length", config.max_message_bytes),
+            # Otherwise a second server on the port starts happily and takes half of the calls.
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    window = config.stream_window
+    byol_pb2_grpc.add_EmbedderServicer_to_server(
+        EmbedderService(encoder, stream_window=window), server
+    )
+    byol_pb2_grpc.add_CollectionsServicer_to_server(
+        CollectionsService(store, encoder, blocking, stream_window=window), server
+    )
+    health = grpc_health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    names = (*SERVICES, grpc_health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    port = _listen(server, config)
+    await server.start()
+    for name in ("", *SERVICES):
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return Running(server, calls, health, f"{config.host}:{port}")
+
+
+def _listen(server: grpc.aio.Server, config: ServeConfig) -> int:
+    address = f"{config.host}:{config.port}"
+    try:
+        if config.tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, _credentials(config.tls))
+    except RuntimeError as error:
+        port = 0
+        reason: RuntimeError | None = error
+    else:
+        reason = None
+    if port == 0:
+        raise InvalidConfig(
+            f"cannot listen on {address}: in use, not an address of this machine, or not allowed;"
+            " choose another with --host and --port"
+        ) from reason
+    return port
+
+
+def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    return grpc.ssl_server_credentials(
+        [(tls.key.read_bytes(), tls.cert.read_bytes())],
+        root_certificates=tls.client_ca.read_bytes() if tls.client_ca else None,
+        require_client_auth=tls.client_ca is not None,
+    )

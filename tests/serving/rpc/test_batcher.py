@@ -1,0 +1,208 @@
+"""The batcher with a real encoder, and with a slow one where something must go wrong on cue."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from byol_serving.batcher import Batcher, Budget
+from byol_serving.encoder import Encoder
+from byol_serving.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
+from byol_serving.images import Pixels
+from serving.support import make_bundle, random_pixels, reference
+
+
+class Gate:
+    """Doubles numbers, each batch only when told to."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.permits = threading.Semaphore(0)
+        self.error: Exception | None = None
+
+    def __call__(self, items: list[int]) -> list[int]:
+        self.batches.append(items)
+        assert self.permits.acquire(timeout=10)
+        if self.error:
+            raise self.error
+        return [2 * item for item in items]
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+async def batcher(gate: Gate) -> AsyncIterator[Batcher[int, list[int]]]:
+    batcher = Batcher[int, list[int]](gate, max_batch=4)
+    yield batcher
+    gate.permits.release(100)
+    await asyncio.to_thread(batcher.close)
+
+
+async def busy(gate: Gate, batches: int = 1) -> None:
+    """Waits until the worker is inside its n-th batch."""
+    async with asyncio.timeout(5):
+        while len(gate.batches) < batches:
+            await asyncio.sleep(0.001)
+
+
+async def test_results_reach_their_own_request_with_a_real_encoder(tmp_path: Path) -> None:
+    encoder = Encoder(make_bundle(tmp_path / "tiny"))
+
+    def embed(frames: list[Pixels]) -> NDArray[np.float32]:
+        return encoder.embed(np.stack(frames))
+
+    batcher = Batcher[Pixels, NDArray[np.float32]](embed, max_batch=8)
+    pixels = random_pixels(60)
+    cuts = [0, 1, 2, 5, 25, 26, 60]
+    parts = await asyncio.gather(
+        *(batcher.submit(list(pixels[a:b])) for a, b in zip(cuts, cuts[1:], strict=False))
+    )
+    await asyncio.to_thread(batcher.close)
+    rows = np.concatenate([row for part in parts for row in part])
+    np.testing.assert_allclose(rows, reference(pixels), atol=1e-5)
+
+
+async def test_an_idle_batcher_does_not_wait_and_a_busy_one_fills_batches(
+    gate: Gate, batcher: Batcher[int, list[int]]
+) -> None:
+    first = asyncio.ensure_future(batcher.submit([0]))
+    await busy(gate)
+    rest = [asyncio.ensure_future(batcher.submit([n])) for n in range(1, 6)]
+    await asyncio.sleep(0)
+    assert batcher.queued == 5
+    gate.permits.release(3)
+    assert await first == [[0]]
+    assert [await each for each in rest] == [[[2]], [[4]], [[6]], [[8]], [[10]]]
+    assert gate.batches == [[0], [1, 2, 3, 4], [5]]
+    assert batcher.queued == 0
+
+
+async def test_a_large_request_is_split_and_lets_small_ones_through(
+    gate: Gate, batcher: Batcher[int, list[int]]
+) -> None:
+    large = asyncio.ensure_future(batcher.submit(list(range(20))))
+    await busy(gate)
+    small = asyncio.ensure_future(batcher.submit([100]))
+    gate.permits.release(3)
+    assert await small == [[200]]
+    assert not large.done()
+    gate.permits.release(3)
+    assert [n for part in await large for n in part] == [2 * n for n in range(20)]
+    assert max(map(len, gate.batches)) == 4
+
+
+async def test_cancelled_and_expired_requests_never_reach_the_worker(
+    gate: Gate, batcher: Batcher[int, list[int]]
+) -> None:
+    first = asyncio.ensure_future(batcher.submit([0]))
+    await busy(gate)
+    gone = asyncio.ensure_future(batcher.submit([1]))
+    late = asyncio.ensure_future(batcher.submit([2], deadline=time.monotonic() + 0.01))
+    kept = asyncio.ensure_future(batcher.submit([3], deadline=time.monotonic() + 60))
+    await asyncio.sleep(0.02)
+    gone.cancel()
+    gate.permits.release(2)
+    assert await kept == [[6]]
+    assert await first == [[0]]
+    with pytest.raises(DeadlinePassed):
+        await late
+    assert gate.batches == [[0], [3]]
+    assert batcher.queued == 0
+
+
+async def test_an_error_fails_its_batch_only(gate: Gate, batcher: Batcher[int, list[int]]) -> None:
+    gate.error = ValueError("broken")
+    gate.permits.release(1)
+    with pytest.raises(ValueError, match="broken"):
+        await batcher.submit([1, 2, 3, 4])
+    gate.error = None
+    gate.permits.release(1)
+    assert await batcher.submit([1]) == [[2]]
+
+
+async def test_closing_fails_what_waits_and_refuses_more(gate: Gate) -> None:
+    batcher = Batcher[int, list[int]](gate, max_batch=1)
+    first = asyncio.ensure_future(batcher.submit([0]))
+    await busy(gate)
+    waiting = asyncio.ensure_future(batcher.submit([1]))
+    await asyncio.sleep(0)
+    gate.permits.release(1)
+    await asyncio.to_thread(batcher.close)
+    assert await first == [[0]]
+    with pytest.raises(Unavailable):
+        await waiting
+    with pytest.raises(Unavailable):
+        await batcher.submit([2])
+
+
+async def test_shared_work_is_divided_among_free_workers() -> None:
+    gate = Gate()
+    batcher = Batcher[int, list[int]](gate, max_batch=16, workers=2, share=True)
+    gate.permits.release(2)
+    await batcher.submit(list(range(8)))
+    await asyncio.to_thread(batcher.close)
+    assert sorted(map(len, gate.batches)) == [4, 4]
+
+
+def budget(images: int = 8, size: int = 1000) -> Budget:
+    return Budget(max_images=images, max_bytes=size, seconds_per_image=lambda: 0.1)
+
+
+async def test_a_full_budget_refuses_at_once_with_a_hint() -> None:
+    room = budget()
+    with room.claim(6, 10):
+        with pytest.raises(Overloaded) as caught:
+            room.claim(3, 10)
+        assert caught.value.retry_after_s == pytest.approx(0.6)
+        with pytest.raises(Overloaded):
+            room.claim(1, 995)
+        with room.claim(2, 10):
+            assert (room.images, room.bytes) == (8, 20)
+    assert (room.images, room.bytes) == (0, 0)
+
+
+async def test_what_can_never_fit_is_not_worth_a_retry() -> None:
+    with pytest.raises(InvalidRequest, match="send fewer"):
+        budget().claim(9, 1)
+    with pytest.raises(InvalidRequest, match="send fewer"):
+        await budget().wait_for(1, 1001)
+
+
+async def test_streams_wait_in_turn_and_leave_room_for_others() -> None:
+    room = budget()
+    first = await room.wait_for(6, 1)
+    second = asyncio.ensure_future(room.wait_for(6, 1))
+    third = asyncio.ensure_future(room.wait_for(1, 1))
+    await asyncio.sleep(0)
+    assert not second.done()
+    assert not third.done()
+    with room.claim(2, 1):  # the quarter that streams may not fill
+        pass
+    second.cancel()
+    await asyncio.sleep(0)
+    with first:
+        pass
+    with await third:
+        assert room.images == 1
+    assert (room.images, room.bytes) == (0, 0)
+
+
+async def test_a_stream_cancelled_in_the_turn_it_is_granted_gives_its_room_back() -> None:
+    room = budget()
+    first = await room.wait_for(6, 1)
+    second = asyncio.ensure_future(room.wait_for(6, 1))
+    await asyncio.sleep(0)
+    with first:
+        pass
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert room.images == 0
