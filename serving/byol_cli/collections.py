@@ -47,7 +47,7 @@ def list_(server: str, store: Path | None, as_json: bool) -> None:
         from byol_serving.client import Client
 
         with Client(server) as client:
-            infos = client.list_collections()
+            infos = client.collections()
     if as_json:
         emit({"collections": [asdict(info) for info in infos]}, as_json)
         return
@@ -91,7 +91,7 @@ def stats(name: str, server: str, as_json: bool) -> None:
     from byol_serving.client import Client
 
     with Client(server) as client:
-        emit(asdict(client.get_collection(name)), as_json)
+        emit(asdict(client.collection(name)), as_json)
 
 
 @command.command()
