@@ -45,11 +45,14 @@ def command(data: str, out: Path, train_seconds: float, as_json: bool) -> None:
 
 
 def _print(result: "DemoResult", out: Path) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    scores = Table(title=f"Nearest-neighbour accuracy, {result.queries:,} queries held back")
+    scores = Table(
+        title=f"{result.queries:,} held-back queries", title_justify="left", box=box.SIMPLE_HEAD
+    )
     scores.add_column("embedding")
     scores.add_column("kNN accuracy", justify="right")
     for name, value in (

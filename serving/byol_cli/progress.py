@@ -19,8 +19,7 @@ def training_bar(quiet: bool) -> "Iterator[Callable[[Progress], None] | None]":
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("  pretraining"),
-        BarColumn(24),
+        BarColumn(20),
         TextColumn("{task.fields[facts]}"),
         TimeElapsedColumn(),
     )
@@ -29,7 +28,7 @@ def training_bar(quiet: bool) -> "Iterator[Callable[[Progress], None] | None]":
 
         def show(now: "Progress") -> None:
             facts = (
-                f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.3f}"
+                f"epoch {now.epoch:.1f}/{now.epochs:.1f}  loss {now.loss:.3f}"
                 f"  {now.images_per_s:,.0f} images/s  {now.seconds_left:.0f} s left"
             )
             bars.update(task, total=now.steps, completed=now.step, facts=facts)

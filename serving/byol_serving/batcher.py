@@ -119,7 +119,7 @@ class Batcher(Generic[Item, Results]):
             loop.call_soon(self._pump, loop)
         return await job.future
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Fails what is queued, waits for the batches in the workers, and ends the threads."""
         self._closed = True
         for job in self._queue:
@@ -127,7 +127,7 @@ class Batcher(Generic[Item, Results]):
                 job.future.set_exception(Unavailable("the server stopped before this was done"))
         self._queue.clear()
         self._queued = 0
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._pool.shutdown)
 
     def _pump(self, loop: asyncio.AbstractEventLoop) -> None:
         self._pump_scheduled = False

@@ -112,7 +112,7 @@ def upsert_parts(
     """An upsert of any length as requests of bounded size.
 
     Raises:
-        InvalidRequest: lengths differ, an id is there twice, or not one source of vectors is given.
+        InvalidRequest: lengths differ, an id is there twice, or not one source of vectors.
     """
     if (images is None) == (vectors is None):
         raise InvalidRequest("give either images or vectors to upsert, and not both")
@@ -140,7 +140,7 @@ def upsert_parts(
             yield part(at, len(rows), vectors=packed(rows))
         return
     done = 0
-    for batch in batches(images or (), max_images=max_images):
+    for batch in batches(() if images is None else images, max_images=max_images):
         done = batch.offset + len(batch.images)
         if done <= len(ids):
             yield part(batch.offset, len(batch.images), images=batch.images)

@@ -84,7 +84,7 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
     async with AsyncExitStack() as stack:
         encoder = None if config.bundle is None else await asyncio.to_thread(_load, config)
         if encoder is not None:
-            stack.push_async_callback(asyncio.to_thread, encoder.pipeline.close)
+            stack.push_async_callback(encoder.pipeline.close)
         store = None if config.store is None else await asyncio.to_thread(Store, config.store)
         if store is not None:
             stack.push_async_callback(asyncio.to_thread, store.close)

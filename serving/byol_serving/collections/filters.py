@@ -66,7 +66,7 @@ Filter: TypeAlias = Equals | In | Range | Exists | All | Any | Not
 
 
 def matches(condition: Filter, metadata: Mapping[str, object]) -> bool:
-    """Whether an item with this metadata meets the condition: the definition that SQL must equal."""
+    """Whether an item with this metadata meets the condition: what the SQL must equal."""
     match condition:
         case Equals(key, value):
             return key in metadata and _same(metadata[key], value)

@@ -6,7 +6,7 @@ back as 3 too is the price, and no comparison can tell the two apart.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
@@ -186,7 +186,7 @@ def _fill(target: Value, value: Json) -> None:
             target.number_value = float(value)
         case Mapping():
             target.struct_value.CopyFrom(metadata_to_struct(value))
-        case Sequence():
+        case list() | tuple():
             target.list_value.CopyFrom(ListValue(values=map(json_to_value, value)))
         case _:
             raise InvalidRequest(

@@ -94,10 +94,10 @@ class Pipeline:
         with await self._claim(len(pixels), pixels.nbytes, wait):
             return _joined(await self._inference.submit(list(pixels), deadline=deadline))
 
-    def close(self) -> None:
-        """Ends the threads, after the batches that are in them. Blocks."""
-        self._decoding.close()
-        self._inference.close()
+    async def close(self) -> None:
+        """Ends the threads, after the batches that are in them."""
+        await self._decoding.close()
+        await self._inference.close()
 
     async def _claim(self, images: int, size: int, wait: bool) -> Claim:
         if not images:

@@ -1,6 +1,7 @@
 """The batcher with a real encoder, and with a slow one where something must go wrong on cue."""
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -22,11 +23,13 @@ class Gate:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.entered = threading.Semaphore(0)
         self.permits = threading.Semaphore(0)
         self.error: Exception | None = None
 
     def __call__(self, items: list[int]) -> list[int]:
         self.batches.append(items)
+        self.entered.release()
         assert self.permits.acquire(timeout=10)
         if self.error:
             raise self.error
@@ -43,14 +46,12 @@ async def batcher(gate: Gate) -> AsyncIterator[Batcher[int, list[int]]]:
     batcher = Batcher[int, list[int]](gate, max_batch=4)
     yield batcher
     gate.permits.release(100)
-    await asyncio.to_thread(batcher.close)
+    await batcher.close()
 
 
-async def busy(gate: Gate, batches: int = 1) -> None:
-    """Waits until the worker is inside its n-th batch."""
-    async with asyncio.timeout(5):
-        while len(gate.batches) < batches:
-            await asyncio.sleep(0.001)
+async def busy(gate: Gate) -> None:
+    """Waits until the worker is inside another batch."""
+    assert await asyncio.to_thread(gate.entered.acquire, timeout=5)
 
 
 async def test_results_reach_their_own_request_with_a_real_encoder(tmp_path: Path) -> None:
@@ -63,9 +64,9 @@ async def test_results_reach_their_own_request_with_a_real_encoder(tmp_path: Pat
     pixels = random_pixels(60)
     cuts = [0, 1, 2, 5, 25, 26, 60]
     parts = await asyncio.gather(
-        *(batcher.submit(list(pixels[a:b])) for a, b in zip(cuts, cuts[1:], strict=False))
+        *(batcher.submit(list(pixels[a:b])) for a, b in itertools.pairwise(cuts))
     )
-    await asyncio.to_thread(batcher.close)
+    await batcher.close()
     rows = np.concatenate([row for part in parts for row in part])
     np.testing.assert_allclose(rows, reference(pixels), atol=1e-5)
 
@@ -134,8 +135,10 @@ async def test_closing_fails_what_waits_and_refuses_more(gate: Gate) -> None:
     await busy(gate)
     waiting = asyncio.ensure_future(batcher.submit([1]))
     await asyncio.sleep(0)
+    closing = asyncio.ensure_future(batcher.close())
+    await asyncio.sleep(0)
     gate.permits.release(1)
-    await asyncio.to_thread(batcher.close)
+    await closing
     assert await first == [[0]]
     with pytest.raises(Unavailable):
         await waiting
@@ -148,7 +151,7 @@ async def test_shared_work_is_divided_among_free_workers() -> None:
     batcher = Batcher[int, list[int]](gate, max_batch=16, workers=2, share=True)
     gate.permits.release(2)
     await batcher.submit(list(range(8)))
-    await asyncio.to_thread(batcher.close)
+    await batcher.close()
     assert sorted(map(len, gate.batches)) == [4, 4]
 
 

@@ -1,0 +1,93 @@
+"""lightly's BYOL recipe as its documentation says to use it, for benchmarks/train_throughput.py.
+
+https://docs.lightly.ai/self-supervised-learning/examples/byol.html: BYOLTransform on PIL images in
+the data loader, BYOLProjectionHead, BYOLPredictionHead, NegativeCosineSimilarity, update_momentum.
+"""
+
+import copy
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from lightly.loss import NegativeCosineSimilarity
+from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+from PIL import Image
+from torch import Tensor, nn
+
+
+class Byol(nn.Module):
+    """The model of lightly's example."""
+
+    def __init__(self, backbone: nn.Module, dim: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection_head = BYOLProjectionHead(dim, hidden, out)
+        self.prediction_head = BYOLPredictionHead(out, hidden, out)
+        self.backbone_momentum = copy.deepcopy(self.backbone)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head)
+        deactivate_requires_grad(self.backbone_momentum)
+        deactivate_requires_grad(self.projection_head_momentum)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The online network."""
+        return self.prediction_head(self.projection_head(self.backbone(images).flatten(1)))
+
+    def forward_momentum(self, images: Tensor) -> Tensor:
+        """The target network."""
+        return self.projection_head_momentum(self.backbone_momentum(images).flatten(1)).detach()
+
+
+def resnet18_small() -> nn.Module:
+    """ResNet-18 with a 3x3 stem and no max-pool, as CIFAR recipes have it."""
+    import torchvision
+
+    net = torchvision.models.resnet18()
+    net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    net.maxpool = nn.Identity()
+    return nn.Sequential(*list(net.children())[:-1])
+
+
+def main() -> None:
+    """The first line builds, each further one measures some steps."""
+    setup = json.loads(sys.stdin.readline())
+    pixels = np.load(setup["pixels"])
+    pictures = [Image.fromarray(each) for each in pixels]
+    size = pixels.shape[1]
+    model = Byol(resnet18_small(), 512, setup["hidden"], setup["out"]).train()
+    transform = BYOLTransform(
+        view_1_transform=BYOLView1Transform(input_size=size, gaussian_blur=0.0),
+        view_2_transform=BYOLView2Transform(input_size=size, gaussian_blur=0.0),
+    )
+    criterion = NegativeCosineSimilarity()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+    answer({"threads": torch.get_num_threads()})
+    for line in sys.stdin:
+        steps = json.loads(line)["steps"]
+        started = time.perf_counter()
+        for _ in range(steps):
+            views = [transform(picture) for picture in pictures]
+            first, second = (torch.stack([view[i] for view in views]) for i in (0, 1))
+            update_momentum(model.backbone, model.backbone_momentum, m=0.99)
+            update_momentum(model.projection_head, model.projection_head_momentum, m=0.99)
+            p0, z0 = model(first), model.forward_momentum(first)
+            p1, z1 = model(second), model.forward_momentum(second)
+            loss = 0.5 * (criterion(p0, z1) + criterion(p1, z0))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        answer({"images_per_s": steps * len(pictures) / seconds})
+
+
+def answer(result: dict[str, Any]) -> None:
+    """One JSON object, one line."""
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""BYOL training throughput: ours, the bare step of the same network, and lightly's recipe.
+
+CIFAR-10's images (or random ones where they are not to be had), ResNet-18 with the small-image stem,
+heads of 4096 and 256. `bare` is the forward and backward of both networks on random tensors, in the
+same precision and layout: no augmentation, no input, no optimiser, no metrics.
+"""
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import Options, Peer, Rate, interleaved, options, report
+from numpy.typing import NDArray
+
+from byol_training.config import HeadConfig, TrainConfig
+from byol_training.data import images_from_arrays, list_images, load_images
+from byol_training.feed import Feed
+from byol_training.lars import build_optimizer
+from byol_training.machine import Machine, choose_machine
+from byol_training.pretrain import build_model
+
+CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar"
+SIZE = 32
+
+
+def main() -> None:
+    """Measures and prints."""
+    chosen = options(__doc__ or "")
+    batch, steps, repeats = (32, 1, 3) if chosen.quick else (256, 1, 5)
+    config = TrainConfig.small(
+        encoder="resnet18", batch_size=batch, head=HeadConfig(hidden=4096, out=256)
+    )
+    pixels = real_images(max(batch * 2, 512))
+    candidates: dict[str, Callable[[], float]] = {}
+    for precision in ("auto", "fp32"):
+        machine = choose_machine("auto", precision)
+        name = "bf16" if machine.bf16 else "fp32"
+        candidates[f"ours {name}"] = our_steps(pixels, config, machine, steps)
+        candidates[f"bare {name}"] = bare_steps(config, machine, steps)
+        if name == "fp32":
+            break
+    if not chosen.peers:
+        finish(chosen, interleaved(candidates, unit="images/s", repeats=repeats), batch)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        np.save(f"{scratch}/pixels.npy", pixels[:batch])
+        setup = {"pixels": f"{scratch}/pixels.npy", "hidden": 4096, "out": 256}
+        with Peer("lightly_peer.py", **setup) as lightly:
+            candidates["lightly"] = lambda: float(lightly.ask(steps=steps)["images_per_s"])
+            finish(chosen, interleaved(candidates, unit="images/s", repeats=repeats), batch)
+
+
+def our_steps(
+    pixels: NDArray[np.uint8], config: TrainConfig, machine: Machine, steps: int
+) -> Callable[[], float]:
+    """Everything that `pretrain` does in a step: input, views, both networks, optimiser, EMA."""
+    model = build_model(config).to(machine.device, memory_format=torch.channels_last).train()
+    optimizer = build_optimizer(model.trained_parameters(), config.optimizer)
+    feed = Feed(images_from_arrays(pixels), config, config.batch_size, machine.device)
+    numbers = itertools.count()
+
+    def measure() -> float:
+        started = time.perf_counter()
+        for number in itertools.islice(numbers, steps):
+            first, second = feed.views(number)
+            with machine.autocast():
+                loss, _ = model(first, second)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            model.update_target(0.99)
+        wait(machine)
+        return steps * config.batch_size / (time.perf_counter() - started)
+
+    return measure
+
+
+def bare_steps(config: TrainConfig, machine: Machine, steps: int) -> Callable[[], float]:
+    """Forward and backward on tensors that are there already: the limit."""
+    model = build_model(config).to(machine.device, memory_format=torch.channels_last).train()
+    views = torch.randn(2, config.batch_size, 3, SIZE, SIZE, device=machine.device)
+    first, second = (each.contiguous(memory_format=torch.channels_last) for each in views)
+
+    def measure() -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            with machine.autocast():
+                loss, _ = model(first, second)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+        wait(machine)
+        return steps * config.batch_size / (time.perf_counter() - started)
+
+    return measure
+
+
+def wait(machine: Machine) -> None:
+    """Until the device has done all it was given."""
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize(machine.device)
+
+
+def real_images(count: int) -> NDArray[np.uint8]:
+    """uint8 [count, 32, 32, 3]: CIFAR-10's, or random where they are not here."""
+    if not CIFAR.exists():
+        return np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    return load_images(CIFAR, SIZE, only=list_images(CIFAR)[:count]).pixels
+
+
+def finish(chosen: Options, results: dict[str, Rate], batch: int) -> None:
+    """The ratios that the project's targets speak of."""
+    best = "bf16" if "ours bf16" in results else "fp32"
+    ratios = {"step_vs_bare": results[f"ours {best}"].median / results[f"bare {best}"].median}
+    if "lightly" in results:
+        ratios["step_vs_lightly"] = results[f"ours {best}"].median / results["lightly"].median
+        ratios["step_vs_lightly_fp32"] = results["ours fp32"].median / results["lightly"].median
+    facts = {"network": "ResNet-18, 3x3 stem", "images": f"{SIZE}x{SIZE}", "batch": batch}
+    report("train_throughput", chosen, results, ratios, packages=["torch"], facts=facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Durable collections of vectors with similarity search."""

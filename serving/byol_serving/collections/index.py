@@ -1,0 +1,272 @@
+"""The index of one collection: vectors in memory by position, searched exactly or approximately.
+
+Positions only grow: an item's vector stays at its position until a rebuild. Deleting clears a bit.
+A search works on one `View`, which never changes, so that it sees all of a batch of changes or
+nothing of it, and never waits for a writer. The approximate index may cover fewer positions than
+there are; the rest is scanned exactly, so that a new vector is found as soon as it is applied.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from byol_serving.collections.approximate import Approximate, ApproximateKind, Stopped
+from byol_serving.collections.exact import (
+    Bits,
+    Found,
+    Positions,
+    bits_at,
+    merged,
+    nearest,
+    nearest_among,
+    pack,
+    unpack,
+)
+from byol_serving.collections.types import IndexKind, Vectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """When the index reorganises itself."""
+
+    approximate_from: int = 4096
+    """Items from which `hnsw` and `ivf` are approximate; below, a scan is as fast and exact."""
+    auto_hnsw_from: int = 20_000
+    auto_ivf_from: int = 2_000_000
+    """`auto` scans below the first, uses HNSW below the second, IVF above (HNSW's memory)."""
+    exact_share: float = 0.05
+    """A filter that keeps fewer than this share of the items is answered exactly."""
+    compact_share: float = 0.25
+    compact_from: int = 1024
+    """Dead positions are squeezed out above this share of all, once there are so many."""
+    absorb_from: int = 1024
+    """Vectors scanned beside the approximate index before they are added to it."""
+    snapshot_every: int = 200_000
+    """Changes after which a snapshot is written in the background."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The index at one moment. Arrays are longer than `size`: a writer appends behind it."""
+
+    seq: int
+    """The change it includes, with all before."""
+    size: int
+    dead: int
+    vectors: Vectors
+    """float32 [capacity, D]"""
+    rows: Positions
+    """int64 [capacity]: the store's row of each position, ascending."""
+    ids: list[str]
+    alive: Bits
+    """A bit for each of the `size` positions."""
+    approximate: Approximate | None
+    generation: int
+    """Changes when a rebuild moves vectors to other positions."""
+
+    @property
+    def count(self) -> int:
+        """Items that are not deleted."""
+        return self.size - self.dead
+
+    def positions_of(self, rows: Positions) -> Positions:
+        """The position of each row (ascending); -1 where the view does not hold it."""
+        known = self.rows[: self.size]
+        found = np.searchsorted(known, rows)
+        inside = found < self.size
+        held = np.zeros(len(rows), np.bool_)
+        held[inside] = known[found[inside]] == rows[inside]
+        return np.where(held, found, -1).astype(np.int64)
+
+
+class Index:
+    """Holds the current view. One thread applies changes, any number search, one maintains."""
+
+    def __init__(self, dim: int, kind: IndexKind, options: IndexOptions) -> None:
+        self.dim = dim
+        self.kind = kind
+        self.options = options
+        self._lock = threading.Lock()
+        self._maintaining = threading.Lock()
+        self._view = View(
+            seq=0,
+            size=0,
+            dead=0,
+            vectors=np.empty((0, dim), np.float32),
+            rows=np.empty(0, np.int64),
+            ids=[],
+            alive=np.empty(0, np.uint8),
+            approximate=None,
+            generation=0,
+        )
+
+    @property
+    def view(self) -> View:
+        """The index as of the last applied change."""
+        return self._view
+
+    def load(self, view: View) -> None:
+        """Starts from a view made elsewhere (a snapshot)."""
+        with self._lock:
+            self._view = view
+
+    def reserve(self, count: int) -> None:
+        """Makes room, so that `apply` of `count` vectors cannot fail for want of memory."""
+        with self._lock:
+            self._view = _with_room(self._view, count)
+
+    def apply(
+        self, seq: int, rows: Sequence[int], ids: Sequence[str], vectors: Vectors, gone: list[int]
+    ) -> None:
+        """Appends vectors under rows above all before, and drops the rows `gone`, in one step."""
+        with self._lock:
+            view = _with_room(self._view, len(rows))  # a rebuild may have taken the reserve
+            size = view.size + len(rows)
+            view.vectors[view.size : size] = vectors
+            view.rows[view.size : size] = rows
+            del view.ids[view.size :]  # what a failed apply may have left
+            view.ids.extend(ids)
+            alive = np.zeros((size + 7) // 8, np.uint8)
+            alive[: len(view.alive)] = view.alive
+            fresh = np.arange(view.size, size)
+            np.bitwise_or.at(alive, fresh >> 3, (1 << (fresh & 7)).astype(np.uint8))
+            dead = view.positions_of(np.sort(np.asarray(gone, np.int64)))
+            dead = dead[dead >= 0]
+            np.bitwise_and.at(alive, dead >> 3, ~(1 << (dead & 7)).astype(np.uint8))
+            self._view = replace(view, seq=seq, size=size, dead=view.dead + len(dead), alive=alive)
+
+    def search(self, view: View, queries: Vectors, k: int) -> Found:
+        """The k best of each query (float32 [Q, D], unit) in the view."""
+        if view.approximate is None:
+            vectors = view.vectors[: view.size]
+            return nearest(queries, vectors, k, view.alive, view.dead)
+        share = view.count / view.size
+        return self._approximately(view, view.approximate, queries, k, None, share)
+
+    def search_among(self, view: View, queries: Vectors, k: int, chosen: Positions) -> Found:
+        """The k best of each query among positions (ascending), which count as alive."""
+        few = len(chosen) <= max(k, self.options.exact_share * view.size)
+        if view.approximate is None or few:
+            return nearest_among(queries, view.vectors[: view.size], chosen, k)
+        share = len(chosen) / view.size
+        return self._approximately(view, view.approximate, queries, k, chosen, share)
+
+    def _approximately(
+        self,
+        view: View,
+        approximate: Approximate,
+        queries: Vectors,
+        k: int,
+        chosen: Positions | None,
+        share: float,
+    ) -> Found:
+        bits = view.alive
+        if chosen is not None:
+            mask = np.zeros(view.size, np.bool_)
+            mask[chosen] = True
+            bits = pack(mask)
+        found, covered = approximate.search(queries, k, bits, share)
+        if covered < view.size:
+            rest = np.flatnonzero(unpack(bits, view.size)[covered:]) + covered
+            beside = nearest_among(queries, view.vectors[: view.size], rest, k)
+            found = merged(found, beside, k)
+        # A graph walk may end early between masked nodes; k are there, so such a query is scanned.
+        wanted = min(k, view.count if chosen is None else len(chosen))
+        short = np.flatnonzero(found[1][:, wanted - 1] < 0) if wanted else np.empty(0, np.int64)
+        if short.size:
+            every = np.flatnonzero(unpack(bits, view.size))
+            again = nearest_among(queries[short], view.vectors[: view.size], every, k)
+            found[0][short], found[1][short] = again
+        return found
+
+    # Upkeep, off the path of requests.
+
+    def maintain(self, stopping: Callable[[], bool]) -> bool:
+        """Does what upkeep is due; returns whether there was any."""
+        with self._maintaining:
+            view = self._view
+            kind = self._wanted(view.count)
+            stale = view.approximate is not None and (
+                view.approximate.outgrown(view.count)
+                or (kind is not None and kind != view.approximate.kind)
+            )
+            options = self.options
+            crowded = (
+                view.dead >= options.compact_from and view.dead > options.compact_share * view.size
+            )
+            if crowded or stale or (view.approximate is None and kind is not None):
+                self._rebuild(view, kind, stopping)
+                return True
+            if view.approximate is not None:
+                covered = view.approximate.size
+                if view.size - covered >= options.absorb_from:
+                    view.approximate.add(view.vectors[covered : view.size], stopping)
+                    return True
+            return False
+
+    @property
+    def maintaining(self) -> threading.Lock:
+        """Held during upkeep; hold it to keep positions and the approximate index as they are."""
+        return self._maintaining
+
+    def _wanted(self, count: int) -> ApproximateKind | None:
+        options = self.options
+        match self.kind:
+            case "flat":
+                return None
+            case "hnsw" | "ivf":
+                return self.kind if count >= options.approximate_from else None
+            case "auto":
+                if count < options.auto_hnsw_from:
+                    return None
+                return "hnsw" if count < options.auto_ivf_from else "ivf"
+
+    def _rebuild(
+        self, old: View, kind: ApproximateKind | None, stopping: Callable[[], bool]
+    ) -> None:
+        """Builds aside from the living, then adds what came meanwhile and swaps."""
+        kept = np.flatnonzero(unpack(old.alive, old.size))
+        vectors = old.vectors[kept]
+        approximate = None
+        if kind is not None:
+            try:
+                approximate = Approximate.build(kind, vectors, stopping)
+            except Stopped:
+                return
+        with self._lock:
+            now = self._view
+            came = np.arange(old.size, now.size)
+            moved = np.concatenate([kept, came])
+            living = bits_at(now.alive, moved)
+            capacity = len(moved) + max(1024, len(moved) // 8)
+            self._view = replace(
+                now,
+                size=len(moved),
+                dead=int(len(moved) - living.sum()),
+                vectors=_grown(np.concatenate([vectors, now.vectors[came]]), len(moved), capacity),
+                rows=_grown(now.rows[moved], len(moved), capacity),
+                ids=[now.ids[each] for each in moved],
+                alive=pack(living),
+                approximate=approximate,
+                generation=now.generation + 1,
+            )
+
+
+def _with_room(view: View, count: int) -> View:
+    needed = view.size + count
+    if needed <= len(view.rows):
+        return view
+    capacity = max(needed, view.size + view.size // 2, 1024)
+    return replace(
+        view,
+        vectors=_grown(view.vectors, view.size, capacity),
+        rows=_grown(view.rows, view.size, capacity),
+    )
+
+
+def _grown(old: np.ndarray, size: int, capacity: int) -> np.ndarray:
+    grown = np.empty((capacity, *old.shape[1:]), old.dtype)
+    grown[:size] = old[:size]
+    return grown

@@ -1,0 +1,146 @@
+"""Snapshots of the index: a cache on disk that is checked, and rebuilt rather than trusted.
+
+    index-<seq>.vectors   rows int64 [N], then vectors float32 [N, D]
+    index-<seq>.faiss     the approximate index, if there is one
+    index-<seq>.json      the manifest, written last: what the others must be, byte for byte
+
+FAISS itself loads files with flipped bits without a word, hence checksums of our own.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from byol_serving.collections.approximate import Approximate, ApproximateKind
+from byol_serving.collections.disk import checksum, publish, sync
+from byol_serving.collections.exact import Positions
+from byol_serving.collections.index import Index
+from byol_serving.collections.types import Vectors
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1
+_KEEP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a snapshot holds."""
+
+    format: int
+    collection: str
+    """The collection's `uuid`: a folder of the same name may be another collection."""
+    seq: int
+    size: int
+    dim: int
+    vectors_crc: int
+    approximate: ApproximateKind | None
+    approximate_crc: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A snapshot read back: which rows are alive is for the store to say."""
+
+    seq: int
+    rows: Positions
+    vectors: Vectors
+    approximate: Approximate | None
+
+
+def write(folder: Path, collection: str, index: Index) -> int:
+    """Writes a snapshot of the index as it is now and drops old ones; returns its sequence."""
+    with index.maintaining:  # positions stay, and the approximate index grows no more
+        view = index.view
+        base = folder / f"index-{view.seq:016d}"
+        vectors, approximate = base.with_suffix(".vectors"), base.with_suffix(".faiss")
+        with _aside(vectors).open("wb") as file:
+            view.rows[: view.size].tofile(file)
+            view.vectors[: view.size].tofile(file)
+        vectors_crc = checksum(_aside(vectors))
+        approximate_crc = 0
+        if view.approximate is not None:
+            view.approximate.save(_aside(approximate))
+            approximate_crc = checksum(_aside(approximate))
+            publish(_aside(approximate), approximate)
+        publish(_aside(vectors), vectors)
+    manifest = Manifest(
+        format=_FORMAT,
+        collection=collection,
+        seq=view.seq,
+        size=view.size,
+        dim=index.dim,
+        vectors_crc=vectors_crc,
+        approximate=view.approximate.kind if view.approximate else None,
+        approximate_crc=approximate_crc,
+    )
+    final = base.with_suffix(".json")
+    _aside(final).write_text(json.dumps(asdict(manifest)))
+    publish(_aside(final), final)
+    _prune(folder)
+    return view.seq
+
+
+def newest(folder: Path, collection: str, dim: int, seq: int, *, repair: bool) -> Loaded | None:
+    """The newest snapshot that is what its manifest says and no newer than `seq`.
+
+    One that is not is logged and, with `repair`, deleted: a snapshot from the future of a database
+    that was put back must not come to look right once the store has passed its sequence.
+    """
+    for path in sorted(folder.glob("index-*.json"), reverse=True):
+        try:
+            return _load(path, collection, dim, seq)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            _log.warning("snapshot %s is not used: %s; rebuilding from the store", path, reason)
+            if repair:
+                path.unlink()
+                sync(folder)
+    return None
+
+
+def discard(folder: Path) -> None:
+    """Deletes all snapshots and what is left of unfinished ones."""
+    for path in folder.glob("index-*"):
+        path.unlink(missing_ok=True)
+    sync(folder)
+
+
+def _load(path: Path, collection: str, dim: int, seq: int) -> Loaded:
+    manifest = Manifest(**json.loads(path.read_text()))
+    if manifest.format != _FORMAT or manifest.collection != collection or manifest.dim != dim:
+        raise ValueError("it belongs to another collection or version")
+    if manifest.seq > seq:
+        raise ValueError(f"it covers change {manifest.seq}, the store ends at {seq}")
+    file = path.with_suffix(".vectors")
+    if file.stat().st_size != manifest.size * (8 + dim * 4):
+        raise ValueError("its vectors are truncated")
+    if checksum(file) != manifest.vectors_crc:
+        raise ValueError("its vectors fail their checksum")
+    rows = np.fromfile(file, np.int64, manifest.size)
+    vectors = np.fromfile(file, np.float32, offset=manifest.size * 8).reshape(-1, dim)
+    if np.any(rows[1:] <= rows[:-1]):
+        raise ValueError("its rows are out of order")
+    approximate = None
+    if manifest.approximate is not None:
+        file = path.with_suffix(".faiss")
+        if checksum(file) != manifest.approximate_crc:
+            raise ValueError("its approximate index fails its checksum")
+        approximate = Approximate.load(manifest.approximate, file, dim)
+        if approximate.size > manifest.size:
+            raise ValueError("its approximate index covers more than its vectors")
+    return Loaded(manifest.seq, rows, vectors, approximate)
+
+
+def _prune(folder: Path) -> None:
+    manifests = sorted(folder.glob("index-*.json"), reverse=True)
+    kept = {path.stem for path in manifests[:_KEEP]}
+    for path in folder.glob("index-*"):
+        if path.name.split(".")[0] not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")

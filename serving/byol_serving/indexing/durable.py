@@ -1,0 +1,36 @@
+"""Files that are whole or not there, whatever happens in between."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from byol_serving.errors import StoreError
+
+
+def write_durably(path: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` make a file under a temporary name, then renames it to `path`; fsyncs both.
+
+    Raises:
+        StoreError: the disk refused.
+    """
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(scratch)
+        fsync(scratch)
+        scratch.replace(path)
+        fsync(path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written ({error.strerror or error}); mend that and run again:"
+            " finished shards are kept"
+        ) from error
+
+
+def fsync(path: Path) -> None:
+    """Brings a file's bytes, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
