@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, interleaved repeats, peers in their own environment, output."""
+"""What every benchmark shares: options, interleaved repeats, peers, output."""
 
 import argparse
 import importlib.metadata

@@ -1,6 +1,6 @@
 """BYOL training throughput: ours, the bare step of the same network, and lightly's recipe.
 
-CIFAR-10's images (or random ones where they are not to be had), ResNet-18 with the small-image stem,
+CIFAR-10 images (or random ones where there are none), ResNet-18 with the small-image stem,
 heads of 4096 and 256. `bare` is the forward and backward of both networks on random tensors, in the
 same precision and layout: no augmentation, no input, no optimiser, no metrics.
 """

@@ -147,8 +147,8 @@ def load_bundle(path: Path) -> Bundle:
             raise InvalidBundle(f"{path / name} is missing; copy or export the bundle again")
         if (found := _sha256(path / name)) != wanted:
             raise InvalidBundle(
-                f"{path / name} is truncated or altered: sha256 {found[:12]}, written {wanted[:12]};"
-                " copy or export the bundle again"
+                f"{path / name} is truncated or altered: sha256 {found[:12]}, written"
+                f" {wanted[:12]}; copy or export the bundle again"
             )
     return Bundle(path, info)
 

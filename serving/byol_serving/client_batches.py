@@ -17,8 +17,9 @@ from byol_serving.rpc.convert import embeddings_to_tensor, metadata_to_struct
 
 ImageLike: TypeAlias = bytes | Path | str | Image.Image | NDArray[np.uint8]
 """Bytes of an image file, a path to one, a Pillow image, or RGB pixels uint8 [H, W, 3]."""
-Embeddings: TypeAlias = NDArray[np.generic]
+Embeddings: TypeAlias = NDArray[Any]
 DTypeName = Literal["float32", "float16", "int8"]
+"""What `Embeddings` [N, D] hold: the dtype that was asked for."""
 
 _MAX_REQUEST_BYTES = 32 * 2**20
 """Half of what a server accepts by default."""

@@ -61,7 +61,8 @@ class Encoder:
         size = self.image_size
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise InvalidRequest(
-                f"pixels are {pixels.dtype} {list(pixels.shape)}, wanted uint8 [N, {size}, {size}, 3]"
+                f"pixels are {pixels.dtype} {list(pixels.shape)},"
+                f" wanted uint8 [N, {size}, {size}, 3]"
             )
         if len(pixels) == 0:
             return np.empty((0, self.dim), np.float32)

@@ -23,7 +23,7 @@
     └── InvalidSource             a data source that cannot be read or holds too few images
 
 Each message is one line that names the value, the limit and the remedy: a person or a log can act
-on it. `byol_serving.rpc.status` maps the tree to gRPC codes and a test checks that every leaf is there.
+on it. `byol_serving.rpc.status` maps the tree to gRPC codes; a test checks every leaf.
 """
 
 

@@ -4,12 +4,12 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from PIL import Image
-from serving.support import DIM, SIZE, encoded, png, random_pixels, reference
 
 from byol_serving.client import Client
 from byol_serving.client_channel import byol_error
@@ -24,6 +24,7 @@ from byol_serving.errors import (
 from byol_serving.images import Preprocess, load_input
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
+from serving.support import DIM, SIZE, encoded, png, random_pixels, reference
 
 PIXELS = random_pixels(5)
 PICTURE = Image.fromarray(PIXELS[0].repeat(4, axis=0).repeat(4, axis=1))
@@ -123,7 +124,7 @@ def test_vectors_that_are_not_finite(client: Client, collection: str, value: flo
 def test_k_outside_the_collection(address: str, client: Client, collection: str, k: int) -> None:
     request = pb.SearchRequest(collection=collection, k=k, queries=[pb.Query(id="a")])
     with grpc.insecure_channel(address) as channel:
-        stub = byol_pb2_grpc.CollectionsStub(channel)  # type: ignore[no-untyped-call]
+        stub = byol_pb2_grpc.CollectionsStub(channel)
         with pytest.raises(grpc.RpcError, match=rf"k {k} is outside 1\.\.5") as caught:
             stub.Search(request, timeout=10)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -159,12 +160,13 @@ def test_a_message_that_is_too_large(client: Client) -> None:
 
 def test_bytes_that_are_no_message(address: str, client: Client) -> None:
     with grpc.insecure_channel(address) as channel:
-        embed = channel.unary_unary("/byol.v1.Embedder/Embed")
+        embed: Any = channel.unary_unary("/byol.v1.Embedder/Embed")
+        nothing: Any = channel.unary_unary("/byol.v1.Embedder/Nothing")
         with pytest.raises(grpc.RpcError) as caught:
             embed(b"\xff\xff\xff garbage", timeout=10)
         assert caught.value.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT)
         with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary("/byol.v1.Embedder/Nothing")(b"", timeout=10)
+            nothing(b"", timeout=10)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from serving.support import DIM, make_bundle, png, random_pixels, reference
 
 from byol_serving.client import AsyncClient, Client, SearchOptions, UpsertCounts
 from byol_serving.collections.filters import Equals, Range
@@ -23,6 +22,7 @@ from byol_serving.errors import (
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
 from byol_serving.server import serving
+from serving.support import DIM, make_bundle, png, random_pixels, reference
 
 PIXELS = random_pixels(20)
 IDS = [f"i{n}" for n in range(20)]
@@ -165,7 +165,7 @@ def test_requests_that_mean_nothing(
     request_.collection = filled
     method = type(request_).__name__.removesuffix("Request")
     with grpc.insecure_channel(address) as channel:
-        stub = byol_pb2_grpc.CollectionsStub(channel)  # type: ignore[no-untyped-call]
+        stub = byol_pb2_grpc.CollectionsStub(channel)
         with pytest.raises(grpc.RpcError, match=message) as caught:
             getattr(stub, method)(request_, timeout=10)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -193,7 +193,7 @@ def test_an_upsert_stream_acknowledges_each_request(address: str, filled: str) -
     ]
     requests.append(pb.UpsertRequest(collection=filled, ids=["bad"], images=[b"text"]))
     with grpc.insecure_channel(address) as channel:
-        stub = byol_pb2_grpc.CollectionsStub(channel)  # type: ignore[no-untyped-call]
+        stub = byol_pb2_grpc.CollectionsStub(channel)
         answers = stub.UpsertStream(iter(requests), timeout=10)
         for _ in range(20):
             assert next(answers).inserted == 1

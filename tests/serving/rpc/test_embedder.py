@@ -8,12 +8,12 @@ import grpc
 import numpy as np
 import pytest
 from PIL import Image
-from serving.support import DIM, SIZE, png, random_pixels, reference
 
 from byol_serving.client import AsyncClient, Client
 from byol_serving.errors import ImageTooLarge, InvalidImage, InvalidRequest
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
+from serving.support import DIM, SIZE, png, random_pixels, reference
 
 
 def test_embeds_files_pixels_and_images_alike(client: Client, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_requests_that_mean_nothing(
 ) -> None:
     assert callable(build)
     with grpc.insecure_channel(address) as channel:
-        embed = byol_pb2_grpc.EmbedderStub(channel).Embed  # type: ignore[no-untyped-call]
+        embed = byol_pb2_grpc.EmbedderStub(channel).Embed
         with pytest.raises(grpc.RpcError, match=message) as caught:
             embed(build(), timeout=10)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

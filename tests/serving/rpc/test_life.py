@@ -19,7 +19,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from serving.support import DIM, make_bundle, png, random_pixels, reference
 
 from byol_serving.client import AsyncClient, Client, ClientTls, Retry
 from byol_serving.config import ServeConfig, TlsConfig
@@ -36,6 +35,7 @@ from byol_serving.errors import (
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
 from byol_serving.server import SERVICES, serving
+from serving.support import DIM, make_bundle, png, random_pixels, reference
 
 PIXELS = random_pixels(4)
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -73,8 +73,7 @@ def _slow_encoder(slow: Slow) -> type[Encoder]:
         served = False
 
         def check_golden(self) -> float:
-            distance = super().check_golden()
-            return distance
+            return super().check_golden()
 
         def embed(self, pixels: Any) -> Any:
             # Loading and warming up happen outside the inference threads, at full speed.
@@ -105,7 +104,7 @@ async def test_the_request_id_comes_back_and_is_in_the_log(
     address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
-        stub: Any = byol_pb2_grpc.EmbedderStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = byol_pb2_grpc.EmbedderStub(channel)
         with caplog.at_level(logging.INFO, "byol.rpc"):
             for given, kept in (("mine-1", True), ("x" * 200, False)):
                 call = stub.GetEncoder(
@@ -138,6 +137,12 @@ async def test_an_unexpected_error_tells_the_caller_nothing(
         assert (await client.encoder()).dim == DIM
 
 
+async def flood(client: AsyncClient) -> None:
+    """Send one image at a time until the server refuses: those before it may be on their way."""
+    while True:
+        await client.embed(PIXELS[:1])
+
+
 async def test_a_full_queue_refuses_at_once_and_a_retry_succeeds(
     bundle_path: Path, slow: Slow
 ) -> None:
@@ -150,9 +155,8 @@ async def test_a_full_queue_refuses_at_once_and_a_retry_succeeds(
         accepted = [asyncio.ensure_future(once.embed(PIXELS[:1])) for _ in range(2)]
         await slow.wait()
         began = time.monotonic()
-        with pytest.raises(Overloaded, match="2 images .* try again later") as caught:
-            while True:  # the second may be on its way still
-                await once.embed(PIXELS[:1])
+        with pytest.raises(Overloaded, match=r"2 images .* try again later") as caught:
+            await flood(once)
         assert time.monotonic() - began < 5
         assert caught.value.retry_after_s > 0
         waiting = asyncio.ensure_future(patient.embed(PIXELS[:1]))
@@ -212,14 +216,13 @@ async def test_a_drain_answers_what_was_accepted_and_refuses_more(
 
 async def test_a_drain_ends_at_its_limit(bundle_path: Path, slow: Slow) -> None:
     config = ServeConfig(bundle=bundle_path, port=0, drain_seconds=0.1)
-    async with AsyncClient("127.0.0.1:1"):
-        async with serving(config) as running, AsyncClient(running.address, retry=ONCE) as client:
-            stuck = asyncio.ensure_future(client.embed(PIXELS))
-            await slow.wait()
-            assert not await running.drain(0.1)
-            with pytest.raises(ByolError):
-                await stuck
-            slow.go.release()
+    async with serving(config) as running, AsyncClient(running.address, retry=ONCE) as client:
+        stuck = asyncio.ensure_future(client.embed(PIXELS))
+        await slow.wait()
+        assert not await running.drain(0.1)
+        with pytest.raises(ByolError):
+            await stuck
+        slow.go.release()
 
 
 async def test_a_second_server_on_the_port_or_the_store_is_refused(
