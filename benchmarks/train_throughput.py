@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Options, Peer, Rate, interleaved, options, report
 from numpy.typing import NDArray
 
 from byol_training.config import HeadConfig, TrainConfig
@@ -22,6 +21,7 @@ from byol_training.feed import Feed
 from byol_training.lars import build_optimizer
 from byol_training.machine import Machine, choose_machine
 from byol_training.pretrain import build_model
+from harness import Options, Peer, Rate, interleaved, options, report
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar"
 SIZE = 32

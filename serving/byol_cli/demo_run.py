@@ -15,9 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from byol_serving.client import Client
 
 from byol_cli.progress import training_bar
+from byol_serving.client import Client
 from byol_serving.collections.types import Hit
 from byol_serving.errors import Unavailable
 from byol_training import demo_data

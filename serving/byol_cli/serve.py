@@ -43,9 +43,8 @@ def command(
     Example:  byol serve --bundle bundles/photos --store store
     Ask it:   byol search photo.jpg --collection photos
     """
-    from byol_serving.server import run_server
-
     from byol_serving.config import ServeConfig, TlsConfig
+    from byol_serving.server import run_server
 
     tls = None
     if tls_cert and tls_key:
