@@ -1,8 +1,6 @@
 """Which package may import what: docs/architecture.md, "Boundaries", as a test."""
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -110,16 +108,3 @@ def test_collections_know_no_transport() -> None:
                 and not name.startswith(("byol_serving.collections", "byol_serving.errors"))
             }
             assert not strangers, module
-
-
-def test_help_needs_nothing_heavy() -> None:
-    script = (
-        "import sys; from byol_cli.main import cli\n"
-        "cli.main(['--help'], standalone_mode=False)\n"
-        "heavy = {'torch', 'numpy', 'onnxruntime', 'faiss', 'grpc', 'PIL'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr

@@ -12,6 +12,7 @@ from byol_cli.output import emit, json_option, table
 
 if TYPE_CHECKING:
     from byol_serving.collections.store import Store
+    from byol_serving.collections.types import IndexKind
 
 server_option = click.option(
     "--server", default="127.0.0.1:50051", show_default=True, help="A running server's address."
@@ -25,7 +26,7 @@ store_option = click.option(
 
 @click.group()
 def command() -> None:
-    r"""List, create, inspect and drop collections.
+    """List, create, inspect and drop collections.
 
     \b
     Example:  byol collections list
@@ -39,7 +40,11 @@ def command() -> None:
 @store_option
 @json_option
 def list_(server: str, store: Path | None, as_json: bool) -> None:
-    """List the collections with their size, dimension and encoder."""
+    """List the collections with their size, dimension and encoder.
+
+    \b
+    Example:  byol collections list --store store
+    """
     if store is not None:
         with _opened(store) as opened:
             infos = opened.list()
@@ -68,8 +73,14 @@ def list_(server: str, store: Path | None, as_json: bool) -> None:
 )
 @server_option
 @json_option
-def create(name: str, dim: int, encoder_id: str, index: str, server: str, as_json: bool) -> None:
-    """Create a collection on a running server."""
+def create(
+    name: str, dim: int, encoder_id: str, index: "IndexKind", server: str, as_json: bool
+) -> None:
+    """Create a collection on a running server.
+
+    \b
+    Example:  byol collections create photos --index auto
+    """
     from byol_serving.client import Client
 
     with Client(server) as client:
@@ -77,7 +88,7 @@ def create(name: str, dim: int, encoder_id: str, index: str, server: str, as_jso
             name,
             dim=dim,
             encoder_id=encoder_id,
-            index=index,  # type: ignore[arg-type]  # Choice
+            index=index,
         )
     emit(asdict(info), as_json)
 
@@ -87,7 +98,11 @@ def create(name: str, dim: int, encoder_id: str, index: str, server: str, as_jso
 @server_option
 @json_option
 def stats(name: str, server: str, as_json: bool) -> None:
-    """Show one collection's facts."""
+    """Show one collection's facts.
+
+    \b
+    Example:  byol collections stats photos --json
+    """
     from byol_serving.client import Client
 
     with Client(server) as client:
@@ -100,7 +115,11 @@ def stats(name: str, server: str, as_json: bool) -> None:
 @server_option
 @json_option
 def drop(name: str, server: str, as_json: bool) -> None:
-    """Drop a collection for good."""
+    """Drop a collection for good.
+
+    \b
+    Example:  byol collections drop photos --yes
+    """
     from byol_serving.client import Client
 
     with Client(server) as client:

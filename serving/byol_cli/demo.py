@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def command(data: str, out: Path, train_seconds: float, as_json: bool) -> None:
-    r"""Pretrain, export, serve, index and search, and say how well it went.
+    """Pretrain, export, serve, index and search, and say how well it went.
 
     \b
     Example:  byol demo

@@ -29,7 +29,7 @@ PACKAGES = {
 @click.command()
 @json_option
 def command(as_json: bool) -> None:
-    r"""Say what this machine offers and lacks.
+    """Say what this machine offers and lacks.
 
     \b
     Example:  byol doctor --json

@@ -17,7 +17,7 @@ from byol_cli.output import emit, json_option, table
 )
 @json_option
 def command(run: Path, source: Path, queries: Path | None, as_json: bool) -> None:
-    r"""Measure the trained RUN on SOURCE: kNN, linear probe, retrieval, and label-free measures.
+    """Measure the trained RUN on SOURCE: kNN, linear probe, retrieval, and label-free measures.
 
     Class sub-folders are the labels. Without them only the label-free measures are given. Beside
     the encoder stand the same encoder untrained, and raw pixels.

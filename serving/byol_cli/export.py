@@ -24,7 +24,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    r"""Turn a trained RUN into an encoder bundle, checked against PyTorch on its own images.
+    """Turn a trained RUN into an encoder bundle, checked against PyTorch on its own images.
 
     \b
     Example:  byol export runs/photos --out bundles/photos

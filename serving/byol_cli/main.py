@@ -49,7 +49,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="byol-server", prog_name="byol")
 def cli() -> None:
-    r"""Turn a pile of unlabelled images into an embedding and similarity-search service.
+    """Turn a pile of unlabelled images into an embedding and similarity-search service.
 
     \b
     Start here:  byol demo
@@ -62,7 +62,8 @@ def cli() -> None:
 def main() -> None:
     """Runs the command line and exits."""
     try:
-        cli.main(standalone_mode=False)
+        # Every option can also come from the environment, as containers prefer: BYOL_SERVE_BUNDLE.
+        cli.main(standalone_mode=False, auto_envvar_prefix="BYOL")
     except click.exceptions.Abort:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

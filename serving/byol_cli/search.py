@@ -28,7 +28,7 @@ def command(
     server: str,
     as_json: bool,
 ) -> None:
-    r"""Find the nearest neighbours of IMAGE, or of an item by --id, through a running server.
+    """Find the nearest neighbours of IMAGE, or of an item by --id, through a running server.
 
     \b
     Example:  byol search photo.jpg --collection photos -k 5

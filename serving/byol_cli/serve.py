@@ -37,7 +37,7 @@ def command(
     tls_client_ca: Path | None,
     **settings: Any,
 ) -> None:
-    r"""Serve a bundle and its collections over gRPC, until SIGTERM or Ctrl-C.
+    """Serve a bundle and its collections over gRPC, until SIGTERM or Ctrl-C.
 
     \b
     Example:  byol serve --bundle bundles/photos --store store

@@ -48,7 +48,7 @@ def command(
     as_json: bool,
     **changes: Any,
 ) -> None:
-    r"""Pretrain an encoder with BYOL on the images in SOURCE, a folder or a tar.
+    """Pretrain an encoder with BYOL on the images in SOURCE, a folder or a tar.
 
     \b
     Example:  byol train photos/ --out runs/photos --epochs 100

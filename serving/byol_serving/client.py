@@ -248,7 +248,7 @@ class Client:
         *,
         image: ImageLike | None = None,
         vector: NDArray[np.float32] | None = None,
-        id: str | None = None,  # noqa: A002 (the name that callers expect)
+        id: str | None = None,
         k: int = 10,
         where: Where | None = None,
         min_score: float | None = None,

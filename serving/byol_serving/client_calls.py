@@ -271,7 +271,7 @@ def search_one(
     *,
     image: ImageLike | None,
     vector: NDArray[np.float32] | None,
-    id: str | None,  # noqa: A002
+    id: str | None,
 ) -> Call[list[list[Hit]]]:
     """The neighbours of one query, in a list of one."""
     if sum(each is not None for each in (image, vector, id)) != 1:

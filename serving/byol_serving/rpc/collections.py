@@ -41,7 +41,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         self._calls = calls
         self._window = stream_window
 
-    async def CreateCollection(  # noqa: N802
+    async def CreateCollection(
         self, request: pb.CreateCollectionRequest, context: Context
     ) -> pb.Collection:
         """Makes an empty collection, by default for the loaded encoder."""
@@ -63,20 +63,20 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         )
         return collection_message(collection.info)
 
-    async def GetCollection(  # noqa: N802
+    async def GetCollection(
         self, request: pb.GetCollectionRequest, context: Context
     ) -> pb.Collection:
         """A collection's facts."""
         return collection_message(await self._on(request.name, lambda c: c.info, context))
 
-    async def ListCollections(  # noqa: N802
+    async def ListCollections(
         self, request: pb.ListCollectionsRequest, context: Context
     ) -> pb.ListCollectionsResponse:
         """All collections."""
         infos = await self._run(self._store().list, context)
         return pb.ListCollectionsResponse(collections=map(collection_message, infos))
 
-    async def DropCollection(  # noqa: N802
+    async def DropCollection(
         self, request: pb.DropCollectionRequest, context: Context
     ) -> pb.DropCollectionResponse:
         """Deletes a collection and everything in it."""
@@ -84,12 +84,12 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         await self._run(lambda: store.drop(request.name), context)
         return pb.DropCollectionResponse()
 
-    async def Upsert(self, request: pb.UpsertRequest, context: Context) -> pb.UpsertResponse:  # noqa: N802
+    async def Upsert(self, request: pb.UpsertRequest, context: Context) -> pb.UpsertResponse:
         """Inserts or replaces; answered once it is on disk."""
         write = await self._prepare_upsert(request, context, wait=False)
         return await self._run(write, context)
 
-    async def UpsertStream(  # noqa: N802
+    async def UpsertStream(
         self, requests: AsyncIterator[pb.UpsertRequest], context: Context
     ) -> AsyncIterator[pb.UpsertResponse]:
         """Many upserts: images are embedded ahead, writes happen in order, one after another."""
@@ -102,7 +102,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
             async for write in writes:
                 yield await self._run(write, context)
 
-    async def SetMetadata(  # noqa: N802
+    async def SetMetadata(
         self, request: pb.SetMetadataRequest, context: Context
     ) -> pb.SetMetadataResponse:
         """Replaces metadata only."""
@@ -115,7 +115,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         await self._on(request.collection, lambda c: c.set_metadata(ids, metadata), context)
         return pb.SetMetadataResponse()
 
-    async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse:  # noqa: N802
+    async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse:
         """Deletes ids, or what matches a filter."""
         if request.HasField("filter") == bool(request.ids):
             raise InvalidRequest("send either ids or a filter to delete by, and not both")
@@ -127,7 +127,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
             deleted = await self._on(request.collection, lambda c: c.delete_where(where), context)
         return pb.DeleteResponse(deleted=deleted)
 
-    async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:  # noqa: N802
+    async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
         """Items by id."""
         ids, with_vectors = list(request.ids), request.with_vectors
 
@@ -137,7 +137,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         items = await self._on(request.collection, get, context)
         return pb.GetResponse(items=map(item_message, items))
 
-    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
+    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
         """The nearest of each query."""
         where = from_message(request.filter) if request.HasField("filter") else None
         images = [each.image for each in request.queries if each.WhichOneof("by") == "image"]

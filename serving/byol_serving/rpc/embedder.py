@@ -45,11 +45,11 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
         self._encoder = encoder
         self._window = stream_window
 
-    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         """One batch."""
         return await self._embed(request, deadline_of(context), wait=False)
 
-    async def EmbedStream(  # noqa: N802
+    async def EmbedStream(
         self, requests: AsyncIterator[pb.EmbedRequest], context: Context
     ) -> AsyncIterator[pb.EmbedResponse]:
         """Many batches, answered in order."""
@@ -61,7 +61,7 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
             async for response in answers:
                 yield response
 
-    async def GetEncoder(self, request: pb.GetEncoderRequest, context: Context) -> pb.Encoder:  # noqa: N802
+    async def GetEncoder(self, request: pb.GetEncoderRequest, context: Context) -> pb.Encoder:
         """What is loaded."""
         encoder = require(self._encoder)
         info = encoder.info
