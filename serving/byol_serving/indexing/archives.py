@@ -30,7 +30,6 @@ from byol_serving.indexing.sources import (
     parse_sidecar,
 )
 
-
 COPY_BYTES = 2**20
 _UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
