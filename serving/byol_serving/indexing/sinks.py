@@ -59,7 +59,7 @@ class ParquetSink:
     def __init__(self, dim: int, encoder_id: str) -> None:
         """Raises InvalidSource where pyarrow is missing."""
         self._arrow, self._parquet = import_pyarrow("pyarrow"), import_pyarrow("pyarrow.parquet")
-        arrow = self._arrow
+        arrow, self._dim = self._arrow, dim
         self._schema = arrow.schema(
             [
                 arrow.field("id", arrow.string(), nullable=False),
@@ -73,7 +73,7 @@ class ParquetSink:
 
     def write(self, folder: Path, number: int, rows: Sequence[Row]) -> None:
         """Writes one file with one row group."""
-        arrow, dim = self._arrow, self._schema.field("embedding").type.list_size
+        arrow, dim = self._arrow, self._dim
         flat = arrow.array(_stacked(rows, dim).reshape(-1), arrow.float32())
         table = arrow.Table.from_arrays(
             [
@@ -109,7 +109,7 @@ class ParquetSink:
         vectors = table.column("embedding").combine_chunks().flatten().to_numpy()
         texts = table.drop_columns(["embedding"]).to_pydict()
         columns = (texts[name] for name in ("id", "source", "bytes", "metadata"))
-        return _rows(vectors.reshape(len(table), -1), zip(*columns, strict=True))
+        return _rows(vectors.reshape(-1, self._dim), zip(*columns, strict=True))
 
     def holds(self, folder: Path, number: int, ids: Sequence[str]) -> bool:
         """Whether the file is there."""
