@@ -15,6 +15,7 @@ from byol_serving.errors import ByolError, Unavailable
 from byol_serving.rpc.status import Pairs, code_of, trailers_of
 
 REQUEST_ID_KEY = "x-request-id"
+_OURS = ("/byol.", "/inference.")
 
 log = logging.getLogger("byol.rpc")
 
@@ -53,7 +54,7 @@ class Calls(grpc.aio.ServerInterceptor):
         if (known := self._wrapped.get(method)) is not None:
             return known
         handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith("/byol."):  # health and reflection: as they are
+        if handler is None or not method.startswith(_OURS):  # health and reflection: as they are
             return handler
         wrapped = self._wrapped[method] = self._wrap(method, handler)
         return wrapped
