@@ -38,7 +38,7 @@ def test_tritonclient_works_unchanged(address: str, client: Client, tmp_path: Pa
     run = subprocess.run(
         command, capture_output=True, text=True, timeout=60, check=False, env=environment
     )
-    if "No module named 'tritonclient'" in run.stderr:
+    if "No module named" in run.stderr:
         pytest.skip("needs tritonclient[grpc]")
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout)
