@@ -29,6 +29,7 @@ from byol_serving.client_async import AsyncClient
 from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
 from byol_serving.client_calls import Call, EncoderInfo, Retry, SearchOptions, Target
 from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
+from byol_serving.client_trace import traced
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
@@ -316,12 +317,16 @@ class Client:
 
     def _send(self, call: Call[Out], *, offset: int = 0) -> Out:
         """Sends a call, again where that is safe and promises something."""
+        with traced(call.method) as metadata:
+            return self._try(call, offset, metadata)
+
+    def _try(self, call: Call[Out], offset: int, metadata: Sequence[tuple[str, str]]) -> Out:
         send = self._method(call)
         deadline = time.monotonic() + self._timeout
         for tried in itertools.count(1):
             try:
                 left = max(0.0, deadline - time.monotonic())
-                return call.parse(send(call.request, timeout=left))
+                return call.parse(send(call.request, timeout=left, metadata=metadata))
             except grpc.RpcError as failure:
                 error = byol_error(failure)
                 pause = self._retry.pause(error, call, tried, deadline - time.monotonic())
