@@ -27,7 +27,14 @@ from byol_serving import client_batches
 from byol_serving import client_calls as calls
 from byol_serving.client_async import AsyncClient
 from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
-from byol_serving.client_calls import Call, EncoderInfo, Retry, SearchOptions, Target
+from byol_serving.client_calls import (
+    Call,
+    EncoderInfo,
+    FeatureMaps,
+    Retry,
+    SearchOptions,
+    Target,
+)
 from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
 from byol_serving.client_trace import traced
 from byol_serving.collections.types import (
@@ -47,6 +54,7 @@ __all__ = [
     "ClientTls",
     "CollectionInfo",
     "EncoderInfo",
+    "FeatureMaps",
     "Hit",
     "ImageLike",
     "Item",
@@ -189,6 +197,30 @@ class Client:
             raise calls.moved(byol_error(failure), done) from failure
         finally:
             answers.cancel()
+
+    def extract_features(
+        self,
+        images: Sequence[ImageLike] | NDArray[np.uint8],
+        stages: Sequence[str],
+        *,
+        dtype: DTypeName = "float32",
+        with_embeddings: bool = False,
+        model: str = "",
+        version: str = "",
+    ) -> FeatureMaps:
+        """Dense feature maps of named stages, for segmentation and detection heads.
+
+        Args:
+            images: as in `embed`; sent in one request, because maps are large.
+            stages: names out of `encoder().stages`.
+            dtype: of the answer: float32 or float16.
+            with_embeddings: also the embeddings, which the same run of the encoder gives.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
+        """
+        sent = client_batches.one_request(images)
+        target = Target(model, version)
+        return self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
 
     # --- collections ----------------------------------------------------------------------------
 

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from byol_serving import client_batches
 from byol_serving import client_calls as calls
 from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
-from byol_serving.client_calls import Call, EncoderInfo, Retry, SearchOptions, Target
+from byol_serving.client_calls import (
+    Call,
+    EncoderInfo,
+    FeatureMaps,
+    Retry,
+    SearchOptions,
+    Target,
+)
 from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
 from byol_serving.client_trace import traced
 from byol_serving.collections.types import (
@@ -147,6 +154,30 @@ class AsyncClient:
         async with aclosing(answers):
             async for rows in answers:
                 yield rows
+
+    async def extract_features(
+        self,
+        images: Sequence[ImageLike] | NDArray[np.uint8],
+        stages: Sequence[str],
+        *,
+        dtype: DTypeName = "float32",
+        with_embeddings: bool = False,
+        model: str = "",
+        version: str = "",
+    ) -> FeatureMaps:
+        """Dense feature maps of named stages, for segmentation and detection heads.
+
+        Args:
+            images: as in `embed`; sent in one request, because maps are large.
+            stages: names out of `encoder().stages`.
+            dtype: of the answer: float32 or float16.
+            with_embeddings: also the embeddings, which the same run of the encoder gives.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
+        """
+        sent = client_batches.one_request(images)
+        target = Target(model, version)
+        return await self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
 
     # --- collections ----------------------------------------------------------------------------
 

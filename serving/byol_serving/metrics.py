@@ -13,8 +13,8 @@
     byol_images_total{model, step}             images through a step
     byol_model_info{model, version, ...}       1 for each loaded version
 
-Steps are decode and inference. The process's own CPU time, memory and file descriptors come with
-them, under the names that Prometheus clients share.
+Steps are decode, inference and features. The process's own CPU time, memory and file descriptors
+come with them, under the names that Prometheus clients share.
 """
 
 from collections.abc import Callable, Iterable
@@ -133,7 +133,7 @@ class _Present(Collector):
         info = GaugeMetricFamily("byol_model_info", "A loaded version.", labels=[*one, *facts])
         for model in self._models.all():
             key = [model.name, model.version]
-            for step, count in model.pipeline.queued().items():
+            for step, count in model.queued().items():
                 waiting.add_metric([*key, step], count)
             images.add_metric(key, model.pipeline.budget.images)
             sizes.add_metric(key, model.pipeline.budget.bytes)

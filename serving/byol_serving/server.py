@@ -32,6 +32,7 @@ from byol_serving.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from byol_serving.rpc.calls import Calls
 from byol_serving.rpc.collections import CollectionsService
 from byol_serving.rpc.embedder import EmbedderService
+from byol_serving.rpc.features import Features
 from byol_serving.rpc.inference import InferenceService
 from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Pipeline
@@ -174,8 +175,14 @@ def _load(config: ServeConfig, watching: Watching) -> Model:
         encoder.embed(np.zeros((batch, size, size, 3), np.uint8))
     watch = watching.batches(bundle.info.name)
     pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config, watch=watch)
+    features = Features(encoder.extract, pipeline, bundle.info, config, watch=watch)
     return Model(
-        bundle.info.name, bundle.info.encoder_id[:12], bundle.info, encoder.provider, pipeline
+        name=bundle.info.name,
+        version=bundle.info.encoder_id[:12],
+        info=bundle.info,
+        provider=encoder.provider,
+        pipeline=pipeline,
+        features=features,
     )
 
 
