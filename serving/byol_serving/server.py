@@ -32,10 +32,12 @@ from byol_serving.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from byol_serving.rpc.calls import Calls
 from byol_serving.rpc.collections import CollectionsService
 from byol_serving.rpc.embedder import EmbedderService
+from byol_serving.rpc.features import Features
 from byol_serving.rpc.inference import InferenceService
 from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Pipeline
 from byol_serving.rpc.pools import BlockingCalls
+from byol_serving.watching import Watching
 
 log = logging.getLogger("byol.server")
 
@@ -49,11 +51,20 @@ SERVICES: Sequence[str] = tuple(
 class Running:
     """A server that answers."""
 
-    def __init__(self, server: grpc.aio.Server, calls: Calls, health: Any, address: str) -> None:
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        calls: Calls,
+        health: Any,
+        address: str,
+        metrics_port: int | None,
+    ) -> None:
         """Made by `serving`."""
         self._server, self._calls, self._health = server, calls, health
         self.address = address
         """host:port, with the port that was chosen where 0 was asked for."""
+        self.metrics_port = metrics_port
+        """Likewise; None where metrics were not asked for."""
 
     async def drain(self, seconds: float) -> bool:
         """Says NOT_SERVING, refuses new calls, and waits for the accepted ones.
@@ -89,8 +100,9 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
     async with AsyncExitStack() as stack:
         models = Models()
         stack.push_async_callback(models.close)
+        watching = stack.enter_context(Watching(config, models))
         if config.bundle is not None:
-            model = await asyncio.to_thread(_load, config)
+            model = await asyncio.to_thread(_load, config, watching)
             models.add(model)
             models.default = model.name
         store = None if config.store is None else await asyncio.to_thread(Store, config.store)
@@ -98,7 +110,7 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
             stack.push_async_callback(asyncio.to_thread, store.close)
         blocking = BlockingCalls(config.collection_workers)
         stack.push_async_callback(asyncio.to_thread, blocking.close)
-        running = await _start(config, models, store, blocking)
+        running = await _start(config, models, store, blocking, watching)
         try:
             yield running
         finally:
@@ -143,7 +155,7 @@ async def _serve_until_signal(config: ServeConfig, on_ready: Callable[[str], Non
         return 0 if await running.drain(config.drain_seconds) else 1
 
 
-def _load(config: ServeConfig) -> Model:
+def _load(config: ServeConfig, watching: Watching) -> Model:
     """Loads the encoder, holds it against its golden pairs, and runs every step once."""
     assert config.bundle is not None
     bundle = load_bundle(config.bundle)
@@ -161,9 +173,16 @@ def _load(config: ServeConfig) -> Model:
     # The first run of a batch size allocates: better now than for the first callers.
     for batch in (1, config.max_batch):
         encoder.embed(np.zeros((batch, size, size, 3), np.uint8))
-    pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config)
+    watch = watching.batches(bundle.info.name)
+    pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config, watch=watch)
+    features = Features(encoder.extract, pipeline, bundle.info, config, watch=watch)
     return Model(
-        bundle.info.name, bundle.info.encoder_id[:12], bundle.info, encoder.provider, pipeline
+        name=bundle.info.name,
+        version=bundle.info.encoder_id[:12],
+        info=bundle.info,
+        provider=encoder.provider,
+        pipeline=pipeline,
+        features=features,
     )
 
 
@@ -172,8 +191,10 @@ async def _start(
     models: Models,
     store: Store | None,
     blocking: BlockingCalls,
+    watching: Watching,
 ) -> Running:
-    calls = Calls()
+    calls = Calls(watching.calls)
+    watching.follow(calls)
     server = grpc.aio.server(
         interceptors=[calls],
         options=[
@@ -201,7 +222,8 @@ async def _start(
     await server.start()
     for name in ("", *SERVICES):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Running(server, calls, health, f"{config.host}:{port}")
+    watching.listen(config)
+    return Running(server, calls, health, f"{config.host}:{port}", watching.port)
 
 
 def _listen(server: grpc.aio.Server, config: ServeConfig) -> int:
