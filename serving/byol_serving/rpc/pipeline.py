@@ -29,7 +29,13 @@ class Pipeline:
     def __init__(
         self, embed: Callable[[Pixels], Embeddings], preprocess: Preprocess, config: ServeConfig
     ) -> None:
-        """`embed` is the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe."""
+        """Starts nothing yet.
+
+        Args:
+            embed: the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe.
+            preprocess: of the encoder's bundle.
+            config: with `max_batch` and `inference_workers` as the encoder wants them, not 0.
+        """
         self._embed = embed
         self._pixel_bytes = preprocess.size**2 * 3
         self._max_batch = config.max_batch
@@ -44,6 +50,7 @@ class Pipeline:
             self._infer,
             max_batch=config.max_batch,
             workers=config.inference_workers,
+            share=True,
             name="inference",
         )
         self.budget = Budget(
