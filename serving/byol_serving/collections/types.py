@@ -25,6 +25,10 @@ class CollectionInfo:
     count: int
     index: str
     """The index kind that answers searches now (with `auto`, the one it chose)."""
+    version: int | None = None
+    """Grows with every change; None where the backend does not count them."""
+    recall: float | None = None
+    """The part of the true nearest that the index finds; None until it is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,15 @@ class Hit:
     score: float
     metadata: Metadata
     vector: Vectors | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """Consecutive items in the order they were stored."""
+
+    items: Sequence[Item]
+    after: str
+    """Where the next page begins; empty after the last item."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +106,22 @@ class Collection(Protocol):
         """Items in the order of `ids`. Raises UnknownId."""
         ...
 
+    def page(
+        self,
+        after: str,
+        limit: int,
+        *,
+        condition: Filter | None = None,
+        with_metadata: bool = True,
+        with_vectors: bool = False,
+    ) -> Page:
+        """Up to `limit` items after a page's `after`, from the first where it is empty.
+
+        Walking all pages gives every item that is there throughout once. Raises InvalidRequest for
+        an `after` that no page gave.
+        """
+        ...
+
     def search(
         self,
         queries: Vectors,
@@ -105,6 +134,8 @@ class Collection(Protocol):
     ) -> list[list[Hit]]:
         """The k nearest of each query (float32 [Q, dim]), best first; exact under any filter.
 
+        Equal scores are in the order their items were stored, so that the k best are always the
+        beginning of the k + 1 best (of an exact index; an approximate one may find more with more).
         Fewer than k come back where fewer items match the filter or reach min_score.
 
         Raises:
