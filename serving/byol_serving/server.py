@@ -178,7 +178,8 @@ async def _start(
         EmbedderService(encoder, stream_window=window), server
     )
     byol_pb2_grpc.add_CollectionsServicer_to_server(
-        CollectionsService(store, encoder, blocking, stream_window=window), server
+        CollectionsService(store, encoder, blocking, stream_window=window, backups=config.backups),
+        server,
     )
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

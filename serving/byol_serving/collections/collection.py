@@ -25,9 +25,10 @@ from byol_serving.collections.types import (
     Page,
     UpsertCounts,
     Vectors,
+    Verification,
 )
 from byol_serving.collections.upkeep import Upkeep
-from byol_serving.collections.verifying import Verification, compare
+from byol_serving.collections.verifying import compare
 from byol_serving.errors import ByolError, UnknownId
 
 _ATTEMPTS = 3

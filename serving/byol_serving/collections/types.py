@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -67,6 +68,23 @@ class UpsertCounts:
     updated: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a comparison found. Lists name at most 100 items."""
+
+    stored: int
+    """Items in the store."""
+    indexed: int
+    """Items in the index."""
+    problems: tuple[str, ...]
+    """One line each; none where all is well."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether index and store agree and every checksum holds."""
+        return not self.problems
+
+
 class Collection(Protocol):
     """One collection. All methods block (call them off the event loop) and are thread-safe.
 
@@ -76,6 +94,14 @@ class Collection(Protocol):
     @property
     def info(self) -> CollectionInfo:
         """Name, dimension, encoder, count, index."""
+        ...
+
+    def verify(self) -> Verification:
+        """Compares the index with the store, and all stored bytes with their checksums.
+
+        Raises:
+            FailedPrecondition: the backend cannot.
+        """
         ...
 
     def upsert(
@@ -142,4 +168,57 @@ class Collection(Protocol):
             InvalidRequest: k is below 1 or above the collection's size.
             InvalidVector: as in `upsert`.
         """
+        ...
+
+
+class Store(Protocol):
+    """A set of collections by name. All methods block and are thread-safe."""
+
+    def create(
+        self, name: str, *, dim: int, encoder_id: str, index: IndexKind = "flat"
+    ) -> Collection:
+        """Makes an empty collection; it is stored when this returns.
+
+        Raises:
+            InvalidRequest: the name, dimension or index kind is not allowed.
+            AlreadyExists: there is one of that name.
+            StoreError: the backend refused.
+        """
+        ...
+
+    def get(self, name: str) -> Collection:
+        """The collection. Raises UnknownCollection, or what kept it from being opened."""
+        ...
+
+    def list(self) -> list[CollectionInfo]:
+        """The facts of all collections, by name."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Deletes a collection with everything in it. Raises UnknownCollection."""
+        ...
+
+    def backup(self, destination: Path) -> None:
+        """Copies all collections into a new folder, each as of one moment, while serving.
+
+        Raises:
+            InvalidRequest: the destination exists.
+            FailedPrecondition: the backend cannot.
+            StoreError: it cannot be written.
+        """
+        ...
+
+    def restore(self, source: Path, name: str) -> Collection:
+        """Brings back one collection from its folder in a backup, while serving.
+
+        Raises:
+            NotFound: there is no such folder.
+            AlreadyExists: there is a collection of that name.
+            FailedPrecondition: the backend cannot.
+            StoreCorrupt: the copy is damaged; nothing is restored.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives the store up; later calls are Unavailable."""
         ...

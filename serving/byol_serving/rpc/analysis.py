@@ -122,8 +122,8 @@ def _similarities(collection: Collection, pairs: Sequence[pb.Pair], embedded: Ve
         raise InvalidRequest("the request has no pair; send at least one")
     found = vectors_of(collection, examples_of(pairs), embedded, "example")
     rows = np.stack([each.vector for each in found])
-    similarities = np.einsum("nd,nd->n", rows[::2], rows[1::2])
-    return np.clip(similarities, -1.0, 1.0).astype(np.float32)
+    similarities: Vectors = np.einsum("nd,nd->n", rows[::2], rows[1::2])
+    return np.clip(similarities, np.float32(-1), np.float32(1))
 
 
 def _classification(found: Classification) -> pb.Classification:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from byol_serving.collections.grouping import HitGroup
-from byol_serving.collections.types import CollectionInfo, Hit, Item
+from byol_serving.collections.types import CollectionInfo, Hit, Item, Verification
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.convert import (
     embeddings_to_tensor,
@@ -40,6 +40,20 @@ def collection_info(message: pb.Collection) -> CollectionInfo:
         index=message.index,
         version=message.version if message.HasField("version") else None,
         recall=message.recall if message.HasField("recall") else None,
+    )
+
+
+def verification_message(found: Verification) -> pb.VerifyCollectionResponse:
+    """What a comparison of index and store found."""
+    return pb.VerifyCollectionResponse(
+        stored=found.stored, indexed=found.indexed, problems=found.problems
+    )
+
+
+def verification_value(message: pb.VerifyCollectionResponse) -> Verification:
+    """The reverse of `verification_message`."""
+    return Verification(
+        stored=message.stored, indexed=message.indexed, problems=tuple(message.problems)
     )
 
 

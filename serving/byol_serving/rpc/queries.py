@@ -63,7 +63,7 @@ def vectors_of(
             case "vector":
                 row = tensor_to_vectors(leaf.vector, ndim=1)
                 _check_dimension(len(row), collection, f"{what} {position}: ")
-                found.append(Query(vector=unit_vectors(row[None], len(row))[0]))
+                found.append(Query(vector=_unit(row, f"{what} {position}")))
             case "id":
                 item = next(stored)
                 found.append(Query(vector=np.asarray(item.vector), own_ids=frozenset({item.id})))
@@ -174,6 +174,14 @@ def _check_version(request: pb.SearchRequest, collection: Collection, now: int |
         f"collection {name!r} changed since version {request.version} (now {now}): begin again"
         " with the first page"
     )
+
+
+def _unit(row: Vectors, what: str) -> Vectors:
+    try:
+        (unit,) = unit_vectors(row[None], len(row))
+    except InvalidVector as error:
+        raise InvalidVector(f"{what}: {error}") from error
+    return np.asarray(unit)
 
 
 def _check_dimension(dim: int, collection: Collection, where: str = "") -> None:
