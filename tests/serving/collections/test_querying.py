@@ -12,7 +12,7 @@ from byol_serving.collections.filters import Equals, Exists, Not, Range
 from byol_serving.collections.grouping import find_groups
 from byol_serving.collections.querying import Query, Wanted, examples_vector, find
 from byol_serving.collections.store import Store
-from byol_serving.collections.types import Metadata, Vectors
+from byol_serving.collections.types import Item, Json, Metadata, Vectors
 from byol_serving.errors import InvalidRequest, InvalidVector
 
 COUNT, DIM = 300, 8
@@ -27,10 +27,9 @@ def unit(rows: Vectors) -> Vectors:
 VECTORS = unit(RNG.standard_normal((COUNT, DIM)).astype(np.float32))
 VECTORS[200:] = VECTORS[:100]
 IDS = [f"i{n:03}" for n in RNG.permutation(COUNT)]
-LABELS: list[object] = ["cat", "dog", 1, True, 1.5, None, ["a", "list"], "owl"]
+LABELS: list[Json] = ["cat", "dog", 1, True, 1.5, None, ["a", "list"], "owl"]
 METADATA: list[Metadata] = [
-    {"n": n} | ({} if n % 9 == 0 else {"label": LABELS[n % 8]})  # type: ignore[dict-item]
-    for n in range(COUNT)
+    {"n": n, "label": LABELS[n % 8]} if n % 9 else {"n": n} for n in range(COUNT)
 ]
 QUERIES = [Query(vector=row) for row in unit(RNG.standard_normal((5, DIM)).astype(np.float32))]
 
@@ -48,7 +47,8 @@ def ranked(vector: Vectors) -> list[int]:
     scores = VECTORS @ vector
     # A copy's score may differ in the last bit between kernels; here it must not.
     scores[200:] = scores[:100]
-    return np.lexsort((np.arange(COUNT), -scores)).tolist()
+    order: list[int] = np.lexsort((np.arange(COUNT), -scores)).tolist()
+    return order
 
 
 @pytest.mark.parametrize("size", [7, 50])
@@ -199,7 +199,8 @@ def test_nothing_can_be_asked_of_an_empty_collection(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [7, COUNT])
 def test_pages_of_items(collection: LocalCollection, limit: int) -> None:
-    after, seen = "", []
+    after = ""
+    seen: list[Item] = []
     while True:
         page = collection.page(after, limit, with_vectors=True)
         seen += page.items

@@ -1,12 +1,13 @@
 """Backup, restore and verification of collections while they are served."""
 
-import threading
+import asyncio
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from byol_serving.client import AsyncClient, Client
+from byol_serving.client import AsyncClient
 from byol_serving.collections import database
 from byol_serving.config import ServeConfig
 from byol_serving.errors import (
@@ -106,23 +107,17 @@ async def test_a_backup_under_writes_is_of_one_moment(tmp_path: Path) -> None:
     """Each request writes a pair of items: a backup holds both of a pair or neither."""
     async with serving(config(tmp_path)) as running, AsyncClient(running.address) as client:
         await client.create_collection("a", dim=DIM, encoder_id="e")
-        stop = threading.Event()
 
-        def write() -> None:
-            with Client(running.address) as writer:
-                for n in range(100_000):
-                    if stop.is_set():
-                        return
-                    writer.upsert("a", [f"{n}-x", f"{n}-y"], vectors=ROWS[:2])
+        async def write() -> None:
+            for n in itertools.count():
+                await client.upsert("a", [f"{n}-x", f"{n}-y"], vectors=ROWS[:2])
 
-        thread = threading.Thread(target=write)
-        thread.start()
-        try:
-            for n in range(5):
-                await client.backup(f"b{n}")
-        finally:
-            stop.set()
-            thread.join(30)
+        writing = [asyncio.create_task(write()) for _ in range(3)]
+        for n in range(5):
+            await client.backup(f"b{n}")
+        for task in writing:
+            assert not task.done()
+            task.cancel()
         counts = []
         for n in range(5):
             await client.restore(f"b{n}", "a", name=f"a{n}")
