@@ -60,6 +60,7 @@ __all__ = [
     "ClientTls",
     "CollectionInfo",
     "EncoderInfo",
+    "ExampleLike",
     "Examples",
     "Hit",
     "HitGroup",

@@ -240,7 +240,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         store, path = self._store(), self._backups() / collection_name(request.name, "backup")
         await self._run(lambda: store.backup(path), context)
         names = sorted(each.name for each in path.iterdir() if each.is_dir())
-        return pb.BackupResponse(path=str(path), collections=names)
+        return pb.BackupResponse(path=str(path.absolute()), collections=names)
 
     async def Restore(self, request: pb.RestoreRequest, context: Context) -> pb.Collection:
         """Brings back one collection of a backup."""
