@@ -17,9 +17,9 @@ from byol_serving.pb.byol.v1 import byol_pb2_grpc
 from byol_serving.rpc import analysis
 from byol_serving.rpc.calls import deadline_of
 from byol_serving.rpc.convert import struct_to_metadata, tensor_to_vectors
-from byol_serving.rpc.embedder import LoadedEncoder, require
 from byol_serving.rpc.filters import from_message
 from byol_serving.rpc.items import collection_message, item_message, verification_message
+from byol_serving.rpc.models import Models
 from byol_serving.rpc.pools import BlockingCalls, in_order
 from byol_serving.rpc.queries import Leaf, filter_of, images_of, leaves_of, run_search
 
@@ -35,18 +35,18 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     def __init__(
         self,
         store: Store | None,
-        encoder: LoadedEncoder | None,
+        models: Models,
         calls: BlockingCalls,
         *,
         stream_window: int,
         backups: Path | None = None,
     ) -> None:
-        """Calls are FAILED_PRECONDITION without a store, those with images without an encoder.
+        """Calls are FAILED_PRECONDITION without a store, those with images without a model.
 
         `backups` is the folder of Backup and Restore, which are refused without one.
         """
         self._maybe_store = store
-        self._encoder = encoder
+        self._models = models
         self._calls = calls
         self._window = stream_window
         self._maybe_backups = backups
@@ -59,7 +59,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         if request.dim and request.encoder_id:
             dim, encoder_id = request.dim, request.encoder_id
         else:
-            info = require(self._encoder).info
+            info = self._models.find().info
             dim, encoder_id = request.dim or info.dim, request.encoder_id or info.encoder_id
             if encoder_id == info.encoder_id and dim != info.dim:
                 raise InvalidRequest(
@@ -288,14 +288,12 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     async def _embed(
         self, name: str, images: Sequence[bytes], context: Context, *, wait: bool
     ) -> Vectors:
-        """Vectors of images, refused where the collection's came from another encoder."""
-        await self._on(name, self._check_encoder, context)
-        return await require(self._encoder).pipeline.embed_images(
-            images, deadline=deadline_of(context), wait=wait
-        )
-
-    def _check_encoder(self, collection: Collection) -> None:
-        _check_claimed_encoder(collection, require(self._encoder).info.encoder_id)
+        """Vectors of images by the encoder that the collection's other vectors came from."""
+        info = await self._on(name, lambda c: c.info, context)
+        with self._models.making(info.encoder_id, info.name) as model:
+            return await model.pipeline.embed_images(
+                images, deadline=deadline_of(context), wait=wait
+            )
 
     def _store(self) -> Store:
         if self._maybe_store is None:
