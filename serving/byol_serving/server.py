@@ -216,7 +216,8 @@ async def _start(
         EmbedderService(models, stream_window=window), server
     )
     byol_pb2_grpc.add_CollectionsServicer_to_server(
-        CollectionsService(store, models, blocking, stream_window=window), server
+        CollectionsService(store, models, blocking, stream_window=window, backups=config.backups),
+        server,
     )
     grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
         InferenceService(models), server
