@@ -7,6 +7,7 @@ names are the names of the dense feature maps an export may offer.
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from byol_serving.errors import InvalidConfig
 
@@ -38,7 +39,7 @@ class Encoder(nn.Module):
         return maps
 
 
-def build_encoder(name: str, stem: str = "imagenet") -> Encoder:
+def build_encoder(name: str, stem: str = "imagenet", *, image_size: int = 224) -> Encoder:
     """A backbone with fresh weights.
 
     Args:
@@ -60,10 +61,32 @@ def build_encoder(name: str, stem: str = "imagenet") -> Encoder:
             return _resnet(torchvision.models.resnet34(), 512, stem)
         case "resnet50":
             return _resnet(torchvision.models.resnet50(), 2048, stem)
+        case "resnet101":
+            return _resnet(torchvision.models.resnet101(), 2048, stem)
         case _:
             raise InvalidConfig(
                 f"encoder {name!r} is unknown; choose one of small, resnet18, resnet34, resnet50"
             )
+
+
+def zero_last_norms(encoder: Encoder) -> None:
+    """Zeroes the scale of each residual block's last batch norm, so that it starts as identity.
+
+    Raises:
+        InvalidConfig: the encoder has no such blocks.
+    """
+    found = 0
+    for module in encoder.modules():
+        match module:
+            case Bottleneck():
+                nn.init.zeros_(module.bn3.weight)
+            case BasicBlock():
+                nn.init.zeros_(module.bn2.weight)
+            case _:
+                continue
+        found += 1
+    if not found:
+        raise InvalidConfig("zero_init needs a ResNet; choose one or leave it out")
 
 
 def _resnet(net: nn.Module, dim: int, stem: str) -> Encoder:
