@@ -122,7 +122,7 @@ class Byol(nn.Module):
             (self.encoder, self.projector),
             (self.target_encoder, self.target_projector),
         )
-        online, target = ([p for m in side for p in m.parameters()] for side in sides)
+        online, target = (list[Tensor](p for m in side for p in m.parameters()) for side in sides)
         if self.target_norm == "average":
             statistics = ([b for m in side for b in m.buffers()] for side in sides)
             for found, buffers in zip((online, target), statistics, strict=True):

@@ -153,17 +153,19 @@ def load_encoder(where: Path) -> tuple[Encoder, TrainConfig]:
     checkpoint = load_checkpoint(path)
     config = TrainConfig.from_dict(checkpoint.config)
     encoder = build_encoder(config.encoder, config.stem, image_size=config.image_size)
-    prefix = "encoder."
-    weights = {
-        k.removeprefix(prefix): v for k, v in checkpoint.model.items() if k.startswith(prefix)
-    }
     try:
-        encoder.load_state_dict(weights)
+        encoder.load_state_dict(encoder_state(checkpoint))
     except RuntimeError as error:
         raise InvalidSource(
             f"checkpoint {path} does not fit encoder {config.encoder}; it is of another version"
         ) from error
     return encoder.eval().requires_grad_(False), config
+
+
+def encoder_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The online encoder's part of a checkpoint's model."""
+    prefix, model = "encoder.", checkpoint.model
+    return {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
 
 
 def capture_rng() -> dict[str, Any]:

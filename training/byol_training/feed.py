@@ -17,8 +17,8 @@ _DEVICE_SHARE = 0.4  # of free GPU memory that the images may take; the step nee
 class Feed:
     """Shuffles, batches and augments.
 
-    The images lie on the device where they fit there. Where they do not, and where they lie on disk,
-    the next batch is read, and sent, while the step works on this one.
+    The images lie on the device where they fit there. Where they do not, and where they lie on
+    disk, the next batch is read, and sent, while the step works on this one.
 
     Args:
         images: all of them.

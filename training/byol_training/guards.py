@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from byol_serving.errors import InvalidConfig
 from byol_training.config import TrainConfig
@@ -44,7 +44,7 @@ class SpikeGuard:
     @torch.no_grad()
     def apply(self) -> None:
         """Between backward and the optimiser's step."""
-        gradients = [cast(Tensor, p.grad) for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         length = torch.stack(list(torch._foreach_norm(gradients))).norm()
         if self._factor > 0 and self._steps >= _SETTLED:
             scale = (self._factor * self._mean / length).clamp(max=1.0)

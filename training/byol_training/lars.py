@@ -35,7 +35,7 @@ def build_optimizer(
     Args:
         parameters: all that is trained.
         config: of the optimiser.
-        predictor: those of `parameters` whose rate is `config.predictor_lr_factor` times the others'.
+        predictor: those of `parameters` whose rate is multiplied by `config.predictor_lr_factor`.
     """
     apart = {id(p) for p in predictor} if config.predictor_lr_factor != 1.0 else set()
     every = list(parameters)

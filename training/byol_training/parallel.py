@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from byol_serving.errors import InvalidConfig
@@ -39,8 +38,7 @@ class World:
         if self.size == 1:
             return model
         ids = [device.index] if device.type == "cuda" else None
-        # Buffers are equal in all processes already: batch norms take theirs over all parts.
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids)
 
     def part(self, batch_size: int, accumulate: int, micro: int) -> slice:
         """The rows of a batch that this process works on in micro-batch `micro`."""
@@ -69,7 +67,7 @@ def without_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[obje
     """For the micro-batches before the last: gradients are averaged once a step."""
     if last or not isinstance(model, DistributedDataParallel):
         return nullcontext()
-    return model.no_sync()  # type: ignore[no-untyped-call]
+    return model.no_sync()
 
 
 @contextmanager
@@ -108,7 +106,8 @@ def check_parts(world: World, batch_size: int, accumulate: int) -> None:
     if batch_size % parts or batch_size // parts < 2:
         raise InvalidConfig(
             f"a batch of {batch_size} images cannot be shared by {world.size} processes in"
-            f" {accumulate} micro-batches; make batch_size a multiple of {parts}, at least {2 * parts}"
+            f" {accumulate} micro-batches; make batch_size a multiple of {parts},"
+            f" at least {2 * parts}"
         )
 
 
@@ -117,7 +116,9 @@ def synchronise_batch_norm(model: nn.Module, world: World, device: torch.device)
     if world.size == 1:
         return model
     if device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(  # type: ignore[no-untyped-call]
+            model
+        )
         return converted
     for module in model.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
@@ -146,13 +147,35 @@ class _SyncBatchNorm(nn.BatchNorm2d):
         world, values = dist.get_world_size(), input.float()
         dims = [0, *range(2, input.ndim)]
         shape = [1, -1, *[1] * (input.ndim - 2)]
-        mean = all_reduce(values.mean(dims)) / world
+        mean = _summed(values.mean(dims)) / world
         centred = values - mean.view(shape)
-        variance = all_reduce(centred.square().mean(dims)) / world
+        variance = _summed(centred.square().mean(dims)) / world
         with torch.no_grad():
             count = world * input.numel() / input.shape[1]
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scaled = centred * torch.rsqrt(variance + self.eps).view(shape)
-        return (scaled * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+        moved: Tensor = scaled * self.weight.view(shape) + self.bias.view(shape)
+        return moved.to(input.dtype)
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _summed(value: Tensor) -> Tensor:
+    total: Tensor = _Summed.apply(value)
+    return total

@@ -5,6 +5,7 @@ could not be read), samples.npy (images for export to check itself on) and check
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from byol_serving.errors import InvalidSource
 from byol_training import parallel, schedules
 from byol_training.byol import Byol
+from byol_training.checkpoint import list_checkpoints
 from byol_training.config import TrainConfig
 from byol_training.data import Images
 from byol_training.encoders import build_encoder, zero_last_norms
@@ -24,6 +26,7 @@ from byol_training.lars import build_optimizer
 from byol_training.machine import Machine, choose_machine, compile_networks
 from byol_training.meter import LostRun, Meter, Progress
 from byol_training.run_dir import SAMPLES_FILE, RunDirectory
+from byol_training.weights import start_from
 
 __all__ = ["SAMPLES_FILE", "Progress", "Stop", "build_model", "pretrain"]
 
@@ -39,6 +42,7 @@ def pretrain(
     *,
     resume: bool = False,
     on_step: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[Byol, int], None] | None = None,
 ) -> Byol:
     """Pretrains an encoder with BYOL (paper, section 3.1 and algorithm 1).
 
@@ -52,6 +56,8 @@ def pretrain(
             resumed ends with the very weights of one that was not (on a CPU bit for bit, except
             under `max_seconds`, whose plan follows the clock).
         on_step: called in the leading process at every reading of the loss (`config.log_every`).
+        on_epoch: called with the model and the steps done after every pass over the images, and at
+            the end; it must leave weights, modes and torch's global generators as they are.
 
     Returns:
         The model, in train mode, on the device it was trained on.
@@ -68,7 +74,10 @@ def pretrain(
     parallel.check_parts(world, batch_size, config.accumulate)
     _refuse_identical(images)
     torch.manual_seed(config.seed)
-    model = build_model(config).to(machine.device).train()
+    goes_on = resume and bool(list_checkpoints(run_dir / "checkpoints"))
+    # A run that goes on has its own weights: those it started from may be gone.
+    model = build_model(replace(config, start_from="") if goes_on else config)
+    model.to(machine.device).train()
     model.to(memory_format=torch.channels_last)  # convolutions are fastest so, in bf16 above all
     parallel.synchronise_batch_norm(model, world, machine.device)
     optimizer = build_optimizer(
@@ -77,9 +86,7 @@ def pretrain(
     guard = SpikeGuard(model.trained_parameters(), config.optimizer.spike_factor)
     feed = Feed(images, config, batch_size, machine.device, world)
     run = RunDirectory(run_dir, images, config, model, optimizer, guard, world, resume=resume)
-    meter = Meter(
-        config, feed, guard, world, done=run.step, steps=run.steps, seconds=run.seconds
-    )
+    meter = Meter(config, feed, guard, world, done=run.step, steps=run.steps, seconds=run.seconds)
     compile_networks(model, config.compile, machine)
     network = world.wrap(model, machine.device)
     save_every = config.checkpoint_every_epochs * feed.steps_per_epoch
@@ -95,6 +102,8 @@ def pretrain(
         model.update_target(tau)  # once a step, however many micro-batches it had
         step += 1
         meter.add(loss)
+        if on_epoch is not None and (step % feed.steps_per_epoch == 0 or step >= meter.steps):
+            on_epoch(model, step)
         due = step % save_every == 0
         if due or meter.is_due(step):
             progress = _read(meter, step, projections, feed, config, run)
@@ -113,6 +122,8 @@ def build_model(config: TrainConfig) -> Byol:
     encoder = build_encoder(config.encoder, config.stem, image_size=config.image_size)
     if config.zero_init:
         zero_last_norms(encoder)
+    if config.start_from:
+        start_from(encoder, config.start_from, name=config.encoder, image_size=config.image_size)
     return Byol(
         encoder, config.head, symmetrised=config.symmetrised, target_norm=config.target_norm
     )
@@ -200,6 +211,4 @@ def _set_learning_rate(
 
 def _tau(config: TrainConfig, step: int, steps: int, feed: Feed) -> float:
     factor = feed.batch_size / config.tau_batch if config.tau_batch else 1.0
-    return schedules.tau(
-        step, steps, config.tau_base, final=config.tau_final, batch_factor=factor
-    )
+    return schedules.tau(step, steps, config.tau_base, final=config.tau_final, batch_factor=factor)

@@ -120,9 +120,7 @@ class RunDirectory:
             # Imported here: it takes seconds, and few want it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(  # type: ignore[no-untyped-call]  # torch leaves it so
-                str(self.folder / "tensorboard"), purge_step=self.step + 1
-            )
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
     def _restore(self, path: Path) -> None:
         device = next(self._model.parameters()).device
