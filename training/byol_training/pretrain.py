@@ -74,6 +74,7 @@ def pretrain(
     *,
     resume: bool = False,
     on_step: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[Byol, int], None] | None = None,
 ) -> Byol:
     """Pretrains an encoder with BYOL (paper, section 3.1 and algorithm 1).
 
@@ -85,6 +86,8 @@ def pretrain(
             resumed ends with the very weights of one that was not (on a CPU bit for bit, except
             under `max_seconds`, whose plan follows the clock).
         on_step: called at every reading of the loss (`config.log_every`).
+        on_epoch: called with the model and the steps done after every pass over the images, and at
+            the end; it must leave weights, modes and torch's global generators as they are.
 
     Returns:
         The model, in train mode, on the device it was trained on.
@@ -119,6 +122,8 @@ def pretrain(
             model.update_target(tau)
             step += 1
             meter.add(loss)
+            if on_epoch is not None and (step % feed.steps_per_epoch == 0 or step >= meter.steps):
+                on_epoch(model, step)
             due = step % save_every == 0
             if due or meter.is_due(step):
                 progress = meter.read(step, projections)
