@@ -10,12 +10,11 @@ again: a run that was stopped goes on.
 
 The 200-epoch recipe for a machine with a GPU:
 
-    .venv/bin/python benchmarks/proof_cifar.py --out runs/proof200 --device cuda --encoder resnet18 \
-        --images 50000 --epochs 200 --batch-size 256 --config recipe.json --no-peer
+    .venv/bin/python benchmarks/proof_cifar.py --out runs/proof200 --device cuda \
+        --encoder resnet18 --images 50000 --epochs 200 --batch-size 256 --no-peer
 """
 
 import argparse
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -13,6 +13,11 @@ from byol_cli.output import emit, json_option
 @click.option("--name", help="What to call it; default: the run's name.")
 @click.option("--size", type=int, help="Input size in pixels; default: the training views'.")
 @click.option("--crop-fraction", default=1.0, show_default=True, help="Centre crop when serving.")
+@click.option(
+    "--whiten",
+    type=click.Path(path_type=Path, exists=True),
+    help="Images, best those trained on: give all directions of the embedding the same variance.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at --out.")
 @json_option
 def command(
@@ -21,6 +26,7 @@ def command(
     name: str | None,
     size: int | None,
     crop_fraction: float,
+    whiten: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -28,11 +34,18 @@ def command(
 
     \b
     Example:  byol export runs/photos --out bundles/photos
+              byol export runs/photos --out bundles/photos-white --whiten photos/
     """
     from byol_training.export import export_run
 
     bundle = export_run(
-        run, out, name=name, size=size, crop_fraction=crop_fraction, overwrite=overwrite
+        run,
+        out,
+        name=name,
+        size=size,
+        crop_fraction=crop_fraction,
+        whiten_on=whiten,
+        overwrite=overwrite,
     )
     emit(
         {

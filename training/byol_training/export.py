@@ -27,8 +27,10 @@ from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidBundle, InvalidSource
 from byol_serving.images import Pixels, Preprocess, to_input
 from byol_training.checkpoint import find_checkpoint, load_checkpoint, load_encoder
+from byol_training.data import load_images
 from byol_training.pretrain import SAMPLES_FILE
 from byol_training.served import ServedEncoder
+from byol_training.whitening import Whitening, fit_whitening
 
 OPSET = 18
 GOLDEN_PAIRS = 8
@@ -48,6 +50,7 @@ def export_bundle(
     training: Mapping[str, Any],
     data_fingerprint: str = "",
     scores: Mapping[str, float] | None = None,
+    whitening: Whitening | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Exports, checks and writes a bundle.
@@ -64,14 +67,15 @@ def export_bundle(
         training: the run's configuration, kept in bundle.json.
         data_fingerprint: of the training images.
         scores: measures to keep in bundle.json.
+        whitening: of the encoder's outputs, becomes the graph's last layer before normalisation.
         overwrite: replace a bundle at `path`.
 
     Raises:
         InvalidBundle: ONNX Runtime and PyTorch differ by more than `PARITY_TOLERANCE`.
         AlreadyExists: `path` exists and `overwrite` is off.
     """
-    served = ServedEncoder(encoder.cpu().to(memory_format=torch.contiguous_format), mean, std)
-    served.eval()
+    plain = encoder.cpu().to(memory_format=torch.contiguous_format)
+    served = ServedEncoder(plain, mean, std, whitening).eval()
     wanted = served.embed(samples)
     model = _to_onnx(served, samples[:2])
     info = BundleInfo(
@@ -101,6 +105,7 @@ def export_run(
     name: str | None = None,
     size: int | None = None,
     crop_fraction: float = 1.0,
+    whiten_on: Path | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Exports the online encoder of a run directory; raises as `export_bundle` does.
@@ -111,10 +116,12 @@ def export_run(
         name: what to call it; the run's name by default.
         size: side of the input in pixels; the training views' by default.
         crop_fraction: part of the short side that the centre crop keeps when serving.
+        whiten_on: images, best those of the run, to fit a whitening of the embedding on.
         overwrite: replace a bundle at `path`.
 
     Raises:
-        InvalidSource: the run has no checkpoint, or a damaged one, or no samples.
+        InvalidSource: the run has no checkpoint, or a damaged one, or no samples; or too few images
+            to whiten on.
     """
     newest = find_checkpoint(run)
     encoder, config = load_encoder(newest)
@@ -125,6 +132,11 @@ def export_run(
         raise InvalidSource(
             f"{run / SAMPLES_FILE} cannot be read ({error}); it is written by byol train"
         ) from error
+    whitening = None
+    if whiten_on is not None:
+        images = load_images(whiten_on, preprocess.size, crop_fraction=crop_fraction)
+        served = ServedEncoder(encoder, config.augment.mean, config.augment.std)
+        whitening = fit_whitening(served.embed(images.pixels, normalised=False))
     return export_bundle(
         encoder,
         path,
@@ -135,6 +147,7 @@ def export_run(
         samples=np.stack([to_input(image, preprocess) for image in stored]),
         training=config.to_dict(),
         data_fingerprint=load_checkpoint(newest).fingerprint,
+        whitening=whitening,
         overwrite=overwrite,
     )
 
