@@ -58,7 +58,7 @@ def our_steps(
     pixels: NDArray[np.uint8], config: TrainConfig, machine: Machine, steps: int
 ) -> Callable[[], float]:
     """Everything that `pretrain` does in a step: input, views, both networks, optimiser, EMA."""
-    model = build_model(config).to(machine.device, memory_format=torch.channels_last).train()
+    model = build_model(config).to(machine.device).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model.trained_parameters(), config.optimizer)
     feed = Feed(images_from_arrays(pixels), config, config.batch_size, machine.device)
     numbers = itertools.count()
@@ -81,7 +81,7 @@ def our_steps(
 
 def bare_steps(config: TrainConfig, machine: Machine, steps: int) -> Callable[[], float]:
     """Forward and backward on tensors that are there already: the limit."""
-    model = build_model(config).to(machine.device, memory_format=torch.channels_last).train()
+    model = build_model(config).to(machine.device).to(memory_format=torch.channels_last).train()
     views = torch.randn(2, config.batch_size, 3, SIZE, SIZE, device=machine.device)
     first, second = (each.contiguous(memory_format=torch.channels_last) for each in views)
 

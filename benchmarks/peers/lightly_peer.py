@@ -35,11 +35,17 @@ class Byol(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The online network."""
-        return self.prediction_head(self.projection_head(self.backbone(images).flatten(1)))
+        prediction: Tensor = self.prediction_head(
+            self.projection_head(self.backbone(images).flatten(1))
+        )
+        return prediction
 
     def forward_momentum(self, images: Tensor) -> Tensor:
         """The target network."""
-        return self.projection_head_momentum(self.backbone_momentum(images).flatten(1)).detach()
+        projection: Tensor = self.projection_head_momentum(
+            self.backbone_momentum(images).flatten(1)
+        )
+        return projection.detach()
 
 
 def resnet18_small() -> nn.Module:

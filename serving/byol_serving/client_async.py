@@ -3,7 +3,8 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -24,7 +25,6 @@ from byol_serving.collections.types import (
     Metadata,
     UpsertCounts,
 )
-from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.filters import Where
 from byol_serving.rpc.pools import in_order
 
@@ -109,38 +109,26 @@ class AsyncClient:
             chunks = client_batches.chunked(images, self._batch_size)
             parts = self._spread(lambda each: self._send(calls.embed_pixels(each, dtype)), chunks)
         else:
-            parts = self._spread(
-                lambda part: self._send(calls.embed(part.images, dtype), offset=part.offset),
-                client_batches.batches(images, max_images=self._batch_size),
-            )
+            parts = self.embed_stream(images, dtype=dtype)
         return client_batches.joined([part async for part in parts], dtype)
 
     async def embed_stream(
         self, images: Iterable[ImageLike], *, dtype: DTypeName = "float32"
-    ) -> AsyncIterator[Embeddings]:
-        """Embeds any number of images over one call: yields [n, D] a batch, in order.
+    ) -> AsyncGenerator[Embeddings]:
+        """Embeds any number of images, a few requests at a time: yields [n, D] a batch, in order.
 
         `images` is read as the server takes them, so a generator over millions of files uses little
-        memory. The default timeout does not apply, and nothing is tried again.
+        memory.
         """
+        # Not the EmbedStream call: where a server ends it early while the client still writes,
+        # grpc.aio reports INTERNAL in place of what the server said.
         batches = client_batches.batches(images, max_images=self._batch_size)
-        requests = _read_aside(calls.embed_request(part.images, dtype) for part in batches)
-        stream = self._channel.stream_stream(
-            calls.EMBED_STREAM,
-            request_serializer=pb.EmbedRequest.SerializeToString,
-            response_deserializer=pb.EmbedResponse.FromString,
+        answers = self._spread(
+            lambda part: self._send(calls.embed(part.images, dtype), offset=part.offset), batches
         )
-        done = 0
-        answers = stream(requests)
-        try:
-            async for answer in answers:
-                rows = calls.embed_answer(answer)
-                done += len(rows)
+        async with aclosing(answers):
+            async for rows in answers:
                 yield rows
-        except grpc.RpcError as failure:
-            raise calls.moved(byol_error(failure), done) from failure
-        finally:
-            answers.cancel()
 
     # --- collections ----------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ def test_truncated_archive_gives_what_it_has(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: 2 * 1024 + 540])
     images = load_images(path, 8)
     assert images.names == ["0.png", "1.png"]
-    assert len(images.rejected) == 1
+    assert [each.path for each in images.rejected] == ["a.tar", "2.png"]
 
 
 @pytest.mark.parametrize("files", [{}, {"a.jpg": b"no"}, {"a.txt": b"no"}])

@@ -92,7 +92,8 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
         from test_pretrain import pretrain, tiny_config, tiny_images
         pretrain(tiny_images(), tiny_config(epochs=400), Path({str(run)!r}))
     """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    # One thread, as here: another number of them sums in another order.
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=environment)
     try:
         wait_for(lambda: len(list_checkpoints(run / "checkpoints")) == 2, process)

@@ -10,8 +10,9 @@ from contextlib import aclosing
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from byol_serving.errors import ByolError, Unavailable
+from byol_serving.errors import ByolError, InvalidRequest, Unavailable
 from byol_serving.rpc.status import Pairs, code_of, trailers_of
 
 REQUEST_ID_KEY = "x-request-id"
@@ -59,14 +60,16 @@ class Calls(grpc.aio.ServerInterceptor):
         return wrapped
 
     def _wrap(self, method: str, handler: _Handler) -> _Handler:
-        coders = (handler.request_deserializer, handler.response_serializer)
+        # Requests are parsed in here: bytes that gRPC itself cannot parse become UNKNOWN.
+        parse = _parser(method, handler)
+        coders = (None, handler.response_serializer)
         if handler.unary_unary is not None:
             answer: Any = handler.unary_unary
 
-            async def unary(request: Any, context: _Context) -> Any:
+            async def unary(data: bytes, context: _Context) -> Any:
                 call = _Call(self, method, context)
                 try:
-                    response = await answer(request, context)
+                    response = await answer(parse(data), context)
                 except BaseException as error:
                     await call.fail(error)
                 else:
@@ -78,8 +81,9 @@ class Calls(grpc.aio.ServerInterceptor):
             raise NotImplementedError(f"{method} is neither unary nor a two-way stream")
         stream: Any = handler.stream_stream
 
-        async def streaming(requests: Any, context: _Context) -> AsyncIterator[Any]:
+        async def streaming(datas: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
             call = _Call(self, method, context)
+            requests = (parse(each) async for each in datas)
             try:
                 self._admit()
                 async with aclosing(stream(requests, context)) as responses:
@@ -106,6 +110,21 @@ class Calls(grpc.aio.ServerInterceptor):
     def _admit(self) -> None:
         if self._draining:
             raise Unavailable("the server is draining; ask another, or again later")
+
+
+def _parser(method: str, handler: _Handler) -> Callable[[bytes], Any]:
+    deserialize: Any = handler.request_deserializer
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            raise InvalidRequest(
+                f"{len(data)} bytes are no request of {method}; send the message that"
+                " protos/byol/v1/byol.proto has for it"
+            ) from error
+
+    return parse
 
 
 class _Call:

@@ -111,7 +111,7 @@ async def test_the_request_id_comes_back_and_is_in_the_log(
                     pb.GetEncoderRequest(), metadata=(("x-request-id", given),), timeout=10
                 )
                 await call
-                found = dict(await call.trailing_metadata())["x-request-id"]
+                found = (await call.trailing_metadata())["x-request-id"]
                 assert (found == given) is kept
                 assert f"code=OK ms=" in caplog.text  # noqa: F541
                 assert f"request_id={found}" in caplog.text
