@@ -91,7 +91,7 @@ def command(
             "images": len(images.names),
             "rejected": len(images.rejected),
             **(asdict(last[0]) if last else {}),
-            **(scores.last if scores else {}),
+            **({f"eval_{name}": value for name, value in scores.last.items()} if scores else {}),
             "next": f"byol export {out} --out bundles/{out.name}",
         },
         as_json,
