@@ -27,6 +27,7 @@ from byol_cli.output import emit, json_option
     help="Labelled images: what the precision costs in kNN accuracy.",
 )
 @click.option("--features", help="Stages whose dense maps to offer too, like layer3,layer4.")
+@click.option(
     "--whiten",
     type=click.Path(path_type=Path, exists=True),
     help="Images, best those trained on: give all directions of the embedding the same variance.",
@@ -50,7 +51,7 @@ def command(
 
     \b
     Example:  byol export runs/photos --out bundles/photos
-    Smaller:  byol export runs/photos --out bundles/photos-int8 --precision int8
+              byol export runs/photos --out bundles/photos-int8 --precision int8
               byol export runs/photos --out bundles/photos-white --whiten photos/
     """
     from byol_training.export import export_run
