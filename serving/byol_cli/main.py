@@ -89,6 +89,8 @@ def _missing(error: ModuleNotFoundError) -> str:
             extra = "cpu"
         case "pyarrow":
             extra = "parquet"
+        case "pymilvus":
+            extra = "milvus"
         case "skimage" | "sklearn":
             extra = "demo"
         case _:
