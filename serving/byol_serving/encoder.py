@@ -1,5 +1,6 @@
 """An encoder bundle in ONNX Runtime: pixels in, embeddings out, on CUDA or CPU."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -41,6 +42,12 @@ class Encoder:
             raise InvalidBundle(
                 f"{bundle.model_path} is not an encoder: its inputs are {names}, wanted ['images']"
             )
+        offered = {node.name for node in self._session.get_outputs()}
+        if missing := {each.name for each in bundle.info.features} - offered:
+            raise InvalidBundle(
+                f"{bundle.model_path} lacks the feature maps {', '.join(sorted(missing))} that its"
+                " bundle.json names; export the bundle again"
+            )
 
     @property
     def dim(self) -> int:
@@ -58,16 +65,35 @@ class Encoder:
         Raises:
             InvalidRequest: another shape or dtype.
         """
+        self._check(pixels)
+        if len(pixels) == 0:
+            return np.empty((0, self.dim), np.float32)
+        (embedding,) = self._session.run(["embedding"], {"images": pixels})
+        return np.asarray(embedding, np.float32)
+
+    def extract(self, pixels: Pixels, outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Any outputs of the graph: `embedding` [N, D], or feature maps [N, C, H, W] by name.
+
+        ONNX Runtime runs the whole graph once, whichever outputs are asked for; the others cost no
+        more than that and are not copied out.
+
+        Args:
+            pixels: uint8 [N, S, S, 3], at least one.
+            outputs: names that the bundle offers, in the order of the answer.
+
+        Raises:
+            InvalidRequest: another shape or dtype.
+        """
+        self._check(pixels)
+        return list(self._session.run(list(outputs), {"images": pixels}))
+
+    def _check(self, pixels: Pixels) -> None:
         size = self.image_size
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise InvalidRequest(
                 f"pixels are {pixels.dtype} {list(pixels.shape)},"
                 f" wanted uint8 [N, {size}, {size}, 3]"
             )
-        if len(pixels) == 0:
-            return np.empty((0, self.dim), np.float32)
-        (embedding,) = self._session.run(["embedding"], {"images": pixels})
-        return np.asarray(embedding, np.float32)
 
     def check_golden(self) -> float:
         """Replays the golden pairs; returns the largest cosine distance to PyTorch's embedding.
