@@ -185,6 +185,7 @@ class LocalCollection:
         with self._database.reading() as connection:
             return paging.page(
                 connection,
+                self.dim,
                 paging.row_of(after),
                 limit,
                 condition,
