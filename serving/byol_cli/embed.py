@@ -43,6 +43,7 @@ def command(
     source: str,
     bundle_path: Path,
     device: "Device",
+    gpus: str | None,
     threads: int,
     out: Path,
     kind: Literal["parquet", "npy"],
@@ -68,7 +69,7 @@ def command(
     bundle = load_bundle(bundle_path)
     info = bundle.info
     sink = ParquetSink(info.dim, info.encoder_id) if kind == "parquet" else NpySink(info.dim)
-    encoders = load_encoders(bundle, device, threads)
+    encoders = load_encoders(bundle, device, gpus, threads)
     with offline_bar(quiet or as_json) as on_progress:
         summary = run(plan, encoders, sink, on_progress=on_progress)
     finish(summary, as_json)

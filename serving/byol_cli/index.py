@@ -64,6 +64,7 @@ def command(
     source: str,
     bundle_path: Path,
     device: "Device",
+    gpus: str | None,
     threads: int,
     collection: str,
     store: Path | None,
@@ -92,7 +93,7 @@ def command(
     columns = {key: settings[key] for key in ("image_column", "id_column")}
     place = hashlib.sha256(open_source(source, **columns).location.encode()).hexdigest()[:16]
     bundle = load_bundle(bundle_path)
-    encoders = load_encoders(bundle, device, threads)
+    encoders = load_encoders(bundle, device, gpus, threads)
     opened = (
         _in_store(store, collection, bundle.info, kind)
         if store is not None

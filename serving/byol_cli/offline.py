@@ -63,12 +63,13 @@ def plan_options(command: Command) -> Command:
 
 
 def encoder_options(command: Command) -> Command:
-    """Adds --bundle, --device and --threads."""
+    """Adds --bundle, --device, --gpus and --threads."""
     for option in (
-        click.option("--threads", default=0, help="Of the encoder on a CPU; default: all."),
+        click.option("--threads", default=0, help="Of one batch on a CPU; default: by its cores."),
+        click.option("--gpus", help="Which GPUs, like 0,1,3: an encoder on each. Default: 0."),
         click.option(
             "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
+            type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
             default="auto",
             show_default=True,
             help="Where the encoder runs.",
@@ -91,13 +92,38 @@ def quiet_option(command: Command) -> Command:
     return decorate(command)
 
 
-def load_encoders(bundle: "Bundle", device: "Device", threads: int) -> "list[Encoder]":
-    """The encoders of a run, checked against the bundle's golden pairs."""
+def load_encoders(
+    bundle: "Bundle", device: "Device", gpus: str | None, threads: int
+) -> "list[Encoder]":
+    """An encoder a device, each as often as it takes batches at a time.
+
+    They are checked against the bundle's golden pairs.
+    """
     from byol_serving.encoder import Encoder
 
-    encoder = Encoder(bundle, device=device, threads=threads)
-    encoder.check_golden()
-    return [encoder]
+    found = []
+    for device_id in gpu_numbers(gpus, device):
+        encoder = Encoder(bundle, device=device, threads=threads, device_id=device_id)
+        encoder.check_golden()
+        found.append(encoder)
+    return [encoder for encoder in found for _ in range(encoder.workers)]
+
+
+def gpu_numbers(gpus: str | None, device: str) -> list[int]:
+    """What --gpus names; [0] without it."""
+    if gpus is None:
+        return [0]
+    if device not in ("cuda", "tensorrt"):
+        raise click.UsageError("--gpus needs --device cuda or tensorrt")
+    try:
+        numbers = sorted({int(each) for each in gpus.split(",")})
+    except ValueError:
+        raise click.BadParameter(
+            f"{gpus!r} is not a list of numbers, like 0,1,3", param_hint="--gpus"
+        ) from None
+    if numbers[0] < 0:
+        raise click.BadParameter(f"{numbers[0]} is no GPU's number", param_hint="--gpus")
+    return numbers
 
 
 @contextmanager
