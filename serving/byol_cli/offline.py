@@ -1,11 +1,12 @@
-"""What `byol embed` and `byol index` share: options, the encoders, the progress bar, the ending."""
+"""What `byol embed` and `byol index` share: options, engines, the progress bar, the ending."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
@@ -14,7 +15,8 @@ from byol_cli.output import emit
 if TYPE_CHECKING:
     from byol_serving.bundle import Bundle
     from byol_serving.encoder import Device, Encoder
-    from byol_serving.indexing.plan import Progress, Summary
+    from byol_serving.indexing.plan import EmbedPlan, Progress, Summary
+    from byol_serving.indexing.sinks import Sink
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -62,28 +64,97 @@ def plan_options(command: Command) -> Command:
     return command
 
 
-def encoder_options(command: Command) -> Command:
-    """Adds --bundle, --device, --gpus and --threads."""
-    for option in (
-        click.option("--threads", default=0, help="Of one batch on a CPU; default: by its cores."),
-        click.option("--gpus", help="Which GPUs, like 0,1,3: an encoder on each. Default: 0."),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
-            default="auto",
-            show_default=True,
-            help="Where the encoder runs.",
-        ),
-        click.option(
-            "--bundle",
-            "bundle_path",
-            type=click.Path(path_type=Path),
-            required=True,
-            help="Encoder bundle.",
-        ),
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What runs the stages, and on which devices."""
+
+    kind: Literal["local", "ray"]
+    ray_address: str | None
+    device: "Device"
+    gpus: str | None
+    threads: int
+
+    def run(
+        self,
+        plan: "EmbedPlan",
+        bundle: "Bundle",
+        sink: "Sink",
+        on_progress: "Callable[[Progress], None] | None",
+    ) -> "Summary":
+        """The whole run."""
+        match self.kind:
+            case "local":
+                from byol_serving.indexing import pipeline
+
+                encoders = load_encoders(bundle, self.device, self.gpus, self.threads)
+                return pipeline.run(plan, encoders, sink, on_progress=on_progress)
+            case "ray":
+                from byol_serving.indexing import ray_engine
+
+                if self.gpus is not None:
+                    raise click.UsageError("--gpus is for --engine local; Ray gives out its own")
+                return ray_engine.run(
+                    plan,
+                    bundle,
+                    sink,
+                    address=self.ray_address,
+                    device=self.device,
+                    on_progress=on_progress,
+                )
+
+
+_ENGINE_OPTIONS = (
+    click.option(
+        "--bundle",
+        "bundle_path",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Encoder bundle.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+        default="auto",
+        show_default=True,
+        help="Where the encoder runs.",
+    ),
+    click.option("--gpus", help="Which GPUs, like 0,1,3: an encoder on each. Default: 0."),
+    click.option("--threads", default=0, help="Of one batch on a CPU; default: by its cores."),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="This process, or Ray Data on a cluster.",
+    ),
+    click.option(
+        "--ray-address",
+        help="Of a running Ray cluster, or auto; default: one is started on this machine.",
+    ),
+)
+
+
+def engine_options(command: Command) -> Command:
+    """Adds --bundle, and what `Engine` holds; the command is given an `Engine` as `engine`."""
+
+    @functools.wraps(command)
+    def packed(
+        *args: Any,
+        engine: Literal["local", "ray"],
+        ray_address: str | None,
+        device: "Device",
+        gpus: str | None,
+        threads: int,
+        **rest: Any,
+    ) -> Any:
+        chosen = Engine(
+            kind=engine, ray_address=ray_address, device=device, gpus=gpus, threads=threads
+        )
+        return command(*args, engine=chosen, **rest)
+
+    for option in reversed(_ENGINE_OPTIONS):
+        packed = option(packed)
+    return cast(Command, packed)
 
 
 def quiet_option(command: Command) -> Command:
