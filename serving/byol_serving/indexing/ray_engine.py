@@ -14,6 +14,7 @@ Source and bundle have to be where every node finds them under the same path or 
 
 import logging
 import pickle
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -239,8 +240,10 @@ def _connected(address: str | None) -> Iterator[None]:
     if begun:
         logging.getLogger("ray.data").setLevel("ERROR")  # the run has a progress bar of its own
         try:
+            if address not in (None, "auto", "local"):
+                _reach(address)
             ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise Unavailable(
                 f"no Ray cluster at {address or 'local'} ({reason}); start one with ray start"
@@ -255,3 +258,9 @@ def _connected(address: str | None) -> Iterator[None]:
         context.target_max_block_size, context.enable_progress_bars = before
         if begun:
             ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises OSError or ValueError at once; Ray itself tries for minutes, then ends the process."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=10).close()
