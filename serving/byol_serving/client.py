@@ -37,9 +37,10 @@ from byol_serving.client_batches import (
     ItemId,
     QueryLike,
 )
-from byol_serving.client_calls import BackupInfo, Call, EncoderInfo, Retry, Target
+from byol_serving.client_calls import BackupInfo, Call, EncoderInfo, FeatureMaps, Retry, Target
 from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
 from byol_serving.client_search import SearchOptions
+from byol_serving.client_trace import traced
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
@@ -62,6 +63,7 @@ __all__ = [
     "EncoderInfo",
     "ExampleLike",
     "Examples",
+    "FeatureMaps",
     "Hit",
     "HitGroup",
     "ImageLike",
@@ -209,6 +211,30 @@ class Client:
             raise calls.moved(byol_error(failure), done) from failure
         finally:
             answers.cancel()
+
+    def extract_features(
+        self,
+        images: Sequence[ImageLike] | NDArray[np.uint8],
+        stages: Sequence[str],
+        *,
+        dtype: DTypeName = "float32",
+        with_embeddings: bool = False,
+        model: str = "",
+        version: str = "",
+    ) -> FeatureMaps:
+        """Dense feature maps of named stages, for segmentation and detection heads.
+
+        Args:
+            images: as in `embed`; sent in one request, because maps are large.
+            stages: names out of `encoder().stages`.
+            dtype: of the answer: float32 or float16.
+            with_embeddings: also the embeddings, which the same run of the encoder gives.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
+        """
+        sent = client_batches.one_request(images)
+        target = Target(model, version)
+        return self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
 
     # --- collections ----------------------------------------------------------------------------
 
@@ -444,12 +470,16 @@ class Client:
 
     def _send(self, call: Call[Out], *, offset: int = 0) -> Out:
         """Sends a call, again where that is safe and promises something."""
+        with traced(call.method) as metadata:
+            return self._try(call, offset, metadata)
+
+    def _try(self, call: Call[Out], offset: int, metadata: Sequence[tuple[str, str]]) -> Out:
         send = self._method(call)
         deadline = time.monotonic() + self._timeout
         for tried in itertools.count(1):
             try:
                 left = max(0.0, deadline - time.monotonic())
-                return call.parse(send(call.request, timeout=left))
+                return call.parse(send(call.request, timeout=left, metadata=metadata))
             except grpc.RpcError as failure:
                 error = byol_error(failure)
                 pause = self._retry.pause(error, call, tried, deadline - time.monotonic())

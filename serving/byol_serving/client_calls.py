@@ -70,6 +70,32 @@ class EncoderInfo:
     model: str = ""
     """The name that requests call it by."""
     version: str = ""
+    stages: Sequence["Stage"] = ()
+    """What `extract_features` can be asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of an encoder and its feature map."""
+
+    name: str
+    channels: int
+    side: int
+    """Height and width of the map."""
+    stride: int
+    """Pixels of the encoder's input from one column, or row, to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMaps:
+    """Dense features of some images."""
+
+    stages: Mapping[str, Stage]
+    """In the order asked for."""
+    maps: Mapping[str, NDArray[Any]]
+    """[N, channels, side, side] of each stage, in the dtype that was asked for."""
+    embeddings: NDArray[Any] | None
+    """[N, D], if asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +196,44 @@ def encoder(target: Target) -> Call[EncoderInfo]:
             provider=answer.provider,
             model=answer.model,
             version=answer.version,
+            stages=tuple(map(_stage, answer.stages)),
         )
 
     request = pb.GetEncoderRequest(model=target.model, version=target.version)
     return Call(_EMBEDDER + "GetEncoder", request, pb.Encoder, parse)
+
+
+def extract(
+    images: Sequence[bytes] | NDArray[np.uint8],
+    stages: Sequence[str],
+    dtype: DTypeName,
+    with_embeddings: bool,
+    target: Target,
+) -> Call[FeatureMaps]:
+    """Dense feature maps of image files, or of pixels uint8 [N, S, S, 3]."""
+    pixels = isinstance(images, np.ndarray)
+    request = pb.ExtractFeaturesRequest(
+        images=() if pixels else images,
+        pixels=pixels_to_tensor(images) if isinstance(images, np.ndarray) else None,
+        dtype=_DTYPES[dtype],
+        model=target.model,
+        version=target.version,
+        stages=stages,
+        with_embeddings=with_embeddings,
+    )
+
+    def parse(answer: pb.ExtractFeaturesResponse) -> FeatureMaps:
+        return FeatureMaps(
+            stages={each.stage.name: _stage(each.stage) for each in answer.maps},
+            maps={each.stage.name: raw_array(each.values) for each in answer.maps},
+            embeddings=raw_array(answer.embeddings) if answer.HasField("embeddings") else None,
+        )
+
+    return Call(_EMBEDDER + "ExtractFeatures", request, pb.ExtractFeaturesResponse, parse)
+
+
+def _stage(stage: pb.Stage) -> Stage:
+    return Stage(name=stage.name, channels=stage.channels, side=stage.side, stride=stage.stride)
 
 
 # --- Collections --------------------------------------------------------------------------------

@@ -166,6 +166,7 @@ class Encoder(google.protobuf.message.Message):
     PROVIDER_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
     encoder_id: builtins.str
     """sha256 of the ONNX graph"""
     name: builtins.str
@@ -178,6 +179,10 @@ class Encoder(google.protobuf.message.Message):
     model: builtins.str
     """the name that requests call it by"""
     version: builtins.str
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """that ExtractFeatures can be asked for"""
+
     def __init__(
         self,
         *,
@@ -189,10 +194,138 @@ class Encoder(google.protobuf.message.Message):
         provider: builtins.str = ...,
         model: builtins.str = ...,
         version: builtins.str = ...,
+        stages: collections.abc.Iterable[Global___Stage] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "model", b"model", "name", b"name", "precision", b"precision", "provider", b"provider", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "model", b"model", "name", b"name", "precision", b"precision", "provider", b"provider", "stages", b"stages", "version", b"version"]) -> None: ...
 
 Global___Encoder: typing_extensions.TypeAlias = Encoder
+
+@typing.final
+class Stage(google.protobuf.message.Message):
+    """A stage of the encoder and its feature map, float32 [N, channels, side, side]."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    CHANNELS_FIELD_NUMBER: builtins.int
+    SIDE_FIELD_NUMBER: builtins.int
+    STRIDE_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    channels: builtins.int
+    side: builtins.int
+    stride: builtins.int
+    """input pixels from one column, or row, to the next"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        channels: builtins.int = ...,
+        side: builtins.int = ...,
+        stride: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["channels", b"channels", "name", b"name", "side", b"side", "stride", b"stride"]) -> None: ...
+
+Global___Stage: typing_extensions.TypeAlias = Stage
+
+@typing.final
+class ExtractFeaturesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: builtins.int
+    PIXELS_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
+    WITH_EMBEDDINGS_FIELD_NUMBER: builtins.int
+    dtype: Global___DType.ValueType
+    """float32 (default) or float16."""
+    model: builtins.str
+    """empty: the server's default model"""
+    version: builtins.str
+    """empty: the version in use"""
+    with_embeddings: builtins.bool
+    """Also the embeddings, which the same run of the encoder gives."""
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """As in EmbedRequest: encoded images or raw pixels."""
+
+    @property
+    def pixels(self) -> Global___Tensor: ...
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """At least one; no two alike."""
+
+    def __init__(
+        self,
+        *,
+        images: collections.abc.Iterable[builtins.bytes] | None = ...,
+        pixels: Global___Tensor | None = ...,
+        dtype: Global___DType.ValueType = ...,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
+        stages: collections.abc.Iterable[builtins.str] | None = ...,
+        with_embeddings: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "stages", b"stages", "version", b"version", "with_embeddings", b"with_embeddings"]) -> None: ...
+
+Global___ExtractFeaturesRequest: typing_extensions.TypeAlias = ExtractFeaturesRequest
+
+@typing.final
+class FeatureMap(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    @property
+    def stage(self) -> Global___Stage: ...
+    @property
+    def values(self) -> Global___Tensor:
+        """[N, channels, side, side]"""
+
+    def __init__(
+        self,
+        *,
+        stage: Global___Stage | None = ...,
+        values: Global___Tensor | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["stage", b"stage", "values", b"values"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["stage", b"stage", "values", b"values"]) -> None: ...
+
+Global___FeatureMap: typing_extensions.TypeAlias = FeatureMap
+
+@typing.final
+class ExtractFeaturesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAPS_FIELD_NUMBER: builtins.int
+    EMBEDDINGS_FIELD_NUMBER: builtins.int
+    ENCODER_ID_FIELD_NUMBER: builtins.int
+    IMAGE_SIZE_FIELD_NUMBER: builtins.int
+    encoder_id: builtins.str
+    image_size: builtins.int
+    """side of the encoder's input, to which strides refer"""
+    @property
+    def maps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FeatureMap]:
+        """in the order of the stages asked for"""
+
+    @property
+    def embeddings(self) -> Global___Tensor:
+        """[N, D], only if asked for"""
+
+    def __init__(
+        self,
+        *,
+        maps: collections.abc.Iterable[Global___FeatureMap] | None = ...,
+        embeddings: Global___Tensor | None = ...,
+        encoder_id: builtins.str = ...,
+        image_size: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["embeddings", b"embeddings"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["embeddings", b"embeddings", "encoder_id", b"encoder_id", "image_size", b"image_size", "maps", b"maps"]) -> None: ...
+
+Global___ExtractFeaturesResponse: typing_extensions.TypeAlias = ExtractFeaturesResponse
 
 @typing.final
 class Collection(google.protobuf.message.Message):
