@@ -23,7 +23,8 @@ OWNERS = {
         "byol_serving.pb.*",
     ),
     "faiss": ("byol_serving.collections.*", "byol_serving.indexing.*", "byol_cli.doctor"),
-    "onnxruntime": ("byol_serving.encoder", "byol_cli.doctor"),
+    # quantize: ONNX Runtime's own quantiser is the only maintained one for its graphs.
+    "onnxruntime": ("byol_serving.encoder", "byol_training.quantize", "byol_cli.doctor"),
     "torch": ("byol_training.*", "byol_cli.doctor", "byol_cli.demo_run"),
     "torchvision": ("byol_training.*", "byol_cli.doctor"),
 }

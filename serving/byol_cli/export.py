@@ -1,6 +1,7 @@
 """`byol export`: a trained run becomes an encoder bundle."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -13,6 +14,18 @@ from byol_cli.output import emit, json_option
 @click.option("--name", help="What to call it; default: the run's name.")
 @click.option("--size", type=int, help="Input size in pixels; default: the training views'.")
 @click.option("--crop-fraction", default=1.0, show_default=True, help="Centre crop when serving.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="int8 is several times as fast on a CPU.",
+)
+@click.option(
+    "--measure-on",
+    type=click.Path(path_type=Path, exists=True),
+    help="Labelled images: what the precision costs in kNN accuracy.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at --out.")
 @json_option
 def command(
@@ -21,6 +34,8 @@ def command(
     name: str | None,
     size: int | None,
     crop_fraction: float,
+    precision: Literal["fp32", "fp16", "int8"],
+    measure_on: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -28,17 +43,26 @@ def command(
 
     \b
     Example:  byol export runs/photos --out bundles/photos
+    Smaller:  byol export runs/photos --out bundles/photos-int8 --precision int8
     """
     from byol_training.export import export_run
 
     bundle = export_run(
-        run, out, name=name, size=size, crop_fraction=crop_fraction, overwrite=overwrite
+        run,
+        out,
+        name=name,
+        size=size,
+        crop_fraction=crop_fraction,
+        precision=precision,
+        measure_on=measure_on,
+        overwrite=overwrite,
     )
     emit(
         {
             "bundle": bundle.path,
             "encoder_id": bundle.info.encoder_id,
             "dim": bundle.info.dim,
+            "precision": bundle.info.precision,
             "input_size": bundle.info.preprocess.size,
             **bundle.info.scores,
             "next": f"byol serve --bundle {out} --store store",

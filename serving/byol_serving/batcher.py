@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_serving.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
+from byol_serving.timing import BatchRun, Step, note
 
 Item = TypeVar("Item")
 Results = TypeVar("Results", bound=Sequence[object] | NDArray[np.generic])
@@ -43,6 +44,9 @@ class _Job(Generic[Item, Results]):
     sent: int = 0
     done: int = 0
     parts: dict[int, Results] = field(default_factory=dict)
+    queued: float = field(default_factory=time.perf_counter)
+    began: float = 0.0
+    ended: float = 0.0
 
 
 _Slice = tuple[_Job[Item, Results], int, int]
@@ -62,6 +66,7 @@ class Batcher(Generic[Item, Results]):
         workers: int = 1,
         share: bool = False,
         name: str = "batch",
+        watch: Callable[[BatchRun], None] | None = None,
     ) -> None:
         """Starts nothing yet; threads come with the first batches.
 
@@ -72,8 +77,11 @@ class Batcher(Generic[Item, Results]):
             workers: calls of `run` at a time.
             share: divide what is queued among the free workers (for work whose cost is the same in
                 small batches, such as decoding) instead of filling one batch.
-            name: of the threads.
+            name: of the threads, and of the step in a call's times.
+            watch: told of each batch when it is done, on the event loop.
         """
+        self._name = name
+        self._watch = watch
         self._run = run
         self._max_batch = max_batch
         self._share = share
@@ -117,7 +125,9 @@ class Batcher(Generic[Item, Results]):
             # leave together, and nothing waits longer than the loop would have taken anyway.
             self._pump_scheduled = True
             loop.call_soon(self._pump, loop)
-        return await job.future
+        results = await job.future
+        note(Step(self._name, len(items), job.queued, job.began, job.ended))
+        return results
 
     async def close(self) -> None:
         """Fails what is queued, waits for the batches in the workers, and ends the threads."""
@@ -152,6 +162,7 @@ class Batcher(Generic[Item, Results]):
                 self._queued -= left
                 continue
             count = min(left, size)
+            job.began = job.began or time.perf_counter()
             slices.append((job, job.sent, job.sent + count))
             job.sent += count
             size -= count
@@ -188,7 +199,7 @@ class Batcher(Generic[Item, Results]):
         self._free += 1
         self.seconds_per_item += (seconds - self.seconds_per_item) * 0.2
         self._pump(loop)  # first, so that the worker is busy again while answers are handed out
-        offset = 0
+        offset, ended = 0, time.perf_counter()
         for job, start, end in slices:
             count = end - start
             if not job.future.done():
@@ -198,8 +209,12 @@ class Batcher(Generic[Item, Results]):
                     job.parts[start] = cast(Results, results[offset : offset + count])
                     job.done += count
                     if job.done == len(job.items):
+                        job.ended = ended
                         job.future.set_result([job.parts[at] for at in sorted(job.parts)])
             offset += count
+        if self._watch is not None:
+            waits = [job.began - job.queued for job, start, _ in slices if start == 0]
+            self._watch(BatchRun(offset, seconds * offset, waits))
 
 
 def _wanted(job: _Job[Item, Results], now: float) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from byol_serving import client_batches
 from byol_serving import client_calls as calls
 from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
-from byol_serving.client_calls import Call, EncoderInfo, Retry, SearchOptions
+from byol_serving.client_calls import Call, EncoderInfo, Retry, SearchOptions, Target
 from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
 from byol_serving.collections.types import (
     CollectionInfo,
@@ -85,12 +85,17 @@ class AsyncClient:
 
     # --- images to vectors ----------------------------------------------------------------------
 
-    async def encoder(self) -> EncoderInfo:
-        """The encoder that the server has loaded."""
-        return await self._send(calls.encoder())
+    async def encoder(self, *, model: str = "", version: str = "") -> EncoderInfo:
+        """An encoder that the server has loaded: by default the one that `embed` uses."""
+        return await self._send(calls.encoder(Target(model, version)))
 
     async def embed(
-        self, images: Iterable[ImageLike] | NDArray[np.uint8], *, dtype: DTypeName = "float32"
+        self,
+        images: Iterable[ImageLike] | NDArray[np.uint8],
+        *,
+        dtype: DTypeName = "float32",
+        model: str = "",
+        version: str = "",
     ) -> Embeddings:
         """Embeds images.
 
@@ -98,6 +103,8 @@ class AsyncClient:
             images: files, paths, Pillow images or pixels, any number of them; or one array uint8
                 [N, S, S, 3] of the encoder's input size, which is sent as it is.
             dtype: of the answer; float16 and int8 (127 times the value) are smaller.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
 
         Returns:
             [N, D] of that dtype, L2-normalised; [0, 0] for no images.
@@ -105,15 +112,23 @@ class AsyncClient:
         Raises:
             InvalidImage: names the position of the bad image.
         """
+        target = Target(model, version)
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, dtype)), chunks)
+            parts = self._spread(
+                lambda each: self._send(calls.embed_pixels(each, dtype, target)), chunks
+            )
         else:
-            parts = self.embed_stream(images, dtype=dtype)
+            parts = self.embed_stream(images, dtype=dtype, model=model, version=version)
         return client_batches.joined([part async for part in parts], dtype)
 
     async def embed_stream(
-        self, images: Iterable[ImageLike], *, dtype: DTypeName = "float32"
+        self,
+        images: Iterable[ImageLike],
+        *,
+        dtype: DTypeName = "float32",
+        model: str = "",
+        version: str = "",
     ) -> AsyncGenerator[Embeddings]:
         """Embeds any number of images, a few requests at a time: yields [n, D] a batch, in order.
 
@@ -122,9 +137,11 @@ class AsyncClient:
         """
         # Not the EmbedStream call: where a server ends it early while the client still writes,
         # grpc.aio reports INTERNAL in place of what the server said.
+        target = Target(model, version)
         batches = client_batches.batches(images, max_images=self._batch_size)
         answers = self._spread(
-            lambda part: self._send(calls.embed(part.images, dtype), offset=part.offset), batches
+            lambda part: self._send(calls.embed(part.images, dtype, target), offset=part.offset),
+            batches,
         )
         async with aclosing(answers):
             async for rows in answers:

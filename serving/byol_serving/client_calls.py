@@ -67,6 +67,9 @@ class EncoderInfo:
     dim: int
     precision: str
     provider: str
+    model: str = ""
+    """The name that requests call it by."""
+    version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +111,23 @@ def moved(error: ByolError, offset: int) -> ByolError:
 # --- Embedder -----------------------------------------------------------------------------------
 
 
-def embed_request(images: Sequence[bytes], dtype: DTypeName) -> pb.EmbedRequest:
+@dataclass(frozen=True)
+class Target:
+    """Which model a call is for."""
+
+    model: str = ""
+    """Empty: the server's default."""
+    version: str = ""
+    """Empty: the version in use."""
+
+
+def embed_request(
+    images: Sequence[bytes], dtype: DTypeName, target: Target = Target()
+) -> pb.EmbedRequest:
     """A request with image files."""
-    return pb.EmbedRequest(images=images, dtype=_DTYPES[dtype])
+    return pb.EmbedRequest(
+        images=images, dtype=_DTYPES[dtype], model=target.model, version=target.version
+    )
 
 
 def embed_answer(response: pb.EmbedResponse) -> Embeddings:
@@ -118,19 +135,20 @@ def embed_answer(response: pb.EmbedResponse) -> Embeddings:
     return raw_array(response.embeddings)
 
 
-def embed(images: Sequence[bytes], dtype: DTypeName) -> Call[Embeddings]:
+def embed(images: Sequence[bytes], dtype: DTypeName, target: Target) -> Call[Embeddings]:
     """Embed image files."""
-    request = embed_request(images, dtype)
+    request = embed_request(images, dtype, target)
     return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
 
 
-def embed_pixels(pixels: NDArray[np.uint8], dtype: DTypeName) -> Call[Embeddings]:
+def embed_pixels(pixels: NDArray[np.uint8], dtype: DTypeName, target: Target) -> Call[Embeddings]:
     """Embed uint8 [N, S, S, 3]."""
-    request = pb.EmbedRequest(pixels=pixels_to_tensor(pixels), dtype=_DTYPES[dtype])
+    request = embed_request((), dtype, target)
+    request.pixels.CopyFrom(pixels_to_tensor(pixels))
     return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
 
 
-def encoder() -> Call[EncoderInfo]:
+def encoder(target: Target) -> Call[EncoderInfo]:
     """What is loaded."""
 
     def parse(answer: pb.Encoder) -> EncoderInfo:
@@ -141,9 +159,12 @@ def encoder() -> Call[EncoderInfo]:
             dim=answer.dim,
             precision=answer.precision,
             provider=answer.provider,
+            model=answer.model,
+            version=answer.version,
         )
 
-    return Call(_EMBEDDER + "GetEncoder", pb.GetEncoderRequest(), pb.Encoder, parse)
+    request = pb.GetEncoderRequest(model=target.model, version=target.version)
+    return Call(_EMBEDDER + "GetEncoder", request, pb.Encoder, parse)
 
 
 # --- Collections --------------------------------------------------------------------------------

@@ -28,16 +28,21 @@ from byol_serving.config import ServeConfig, TlsConfig
 from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidConfig
 from byol_serving.pb.byol.v1 import byol_pb2, byol_pb2_grpc
+from byol_serving.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from byol_serving.rpc.calls import Calls
 from byol_serving.rpc.collections import CollectionsService
-from byol_serving.rpc.embedder import EmbedderService, LoadedEncoder
+from byol_serving.rpc.embedder import EmbedderService
+from byol_serving.rpc.inference import InferenceService
+from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Pipeline
 from byol_serving.rpc.pools import BlockingCalls
 
 log = logging.getLogger("byol.server")
 
 SERVICES: Sequence[str] = tuple(
-    service.full_name for service in byol_pb2.DESCRIPTOR.services_by_name.values()
+    service.full_name
+    for file in (byol_pb2.DESCRIPTOR, grpc_service_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
 )
 
 
@@ -82,15 +87,18 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
         StoreLocked, StoreCorrupt, StoreError: the store cannot be opened.
     """
     async with AsyncExitStack() as stack:
-        encoder = None if config.bundle is None else await asyncio.to_thread(_load, config)
-        if encoder is not None:
-            stack.push_async_callback(encoder.pipeline.close)
+        models = Models()
+        stack.push_async_callback(models.close)
+        if config.bundle is not None:
+            model = await asyncio.to_thread(_load, config)
+            models.add(model)
+            models.default = model.name
         store = None if config.store is None else await asyncio.to_thread(Store, config.store)
         if store is not None:
             stack.push_async_callback(asyncio.to_thread, store.close)
         blocking = BlockingCalls(config.collection_workers)
         stack.push_async_callback(asyncio.to_thread, blocking.close)
-        running = await _start(config, encoder, store, blocking)
+        running = await _start(config, models, store, blocking)
         try:
             yield running
         finally:
@@ -135,7 +143,7 @@ async def _serve_until_signal(config: ServeConfig, on_ready: Callable[[str], Non
         return 0 if await running.drain(config.drain_seconds) else 1
 
 
-def _load(config: ServeConfig) -> LoadedEncoder:
+def _load(config: ServeConfig) -> Model:
     """Loads the encoder, holds it against its golden pairs, and runs every step once."""
     assert config.bundle is not None
     bundle = load_bundle(config.bundle)
@@ -154,12 +162,14 @@ def _load(config: ServeConfig) -> LoadedEncoder:
     for batch in (1, config.max_batch):
         encoder.embed(np.zeros((batch, size, size, 3), np.uint8))
     pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config)
-    return LoadedEncoder(bundle.info, encoder.provider, pipeline)
+    return Model(
+        bundle.info.name, bundle.info.encoder_id[:12], bundle.info, encoder.provider, pipeline
+    )
 
 
 async def _start(
     config: ServeConfig,
-    encoder: LoadedEncoder | None,
+    models: Models,
     store: Store | None,
     blocking: BlockingCalls,
 ) -> Running:
@@ -175,10 +185,13 @@ async def _start(
     )
     window = config.stream_window
     byol_pb2_grpc.add_EmbedderServicer_to_server(
-        EmbedderService(encoder, stream_window=window), server
+        EmbedderService(models, stream_window=window), server
     )
     byol_pb2_grpc.add_CollectionsServicer_to_server(
-        CollectionsService(store, encoder, blocking, stream_window=window), server
+        CollectionsService(store, models, blocking, stream_window=window), server
+    )
+    grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+        InferenceService(models), server
     )
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -23,9 +23,10 @@ class ServedEncoder(nn.Module):
         self.shift: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pixels to embeddings."""
-        planes = images.permute(0, 3, 1, 2).to(torch.float32)
-        return F.normalize(self.encoder(planes * self.scale - self.shift), dim=1)
+        """Pixels to embeddings: scaled and normalised in float32, whatever the encoder's dtype."""
+        planes = images.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift
+        dtype = next(self.encoder.parameters()).dtype
+        return F.normalize(self.encoder(planes.to(dtype)).to(torch.float32), dim=1)
 
     def embed(self, pixels: Pixels, *, batch_size: int = 512) -> NDArray[np.float32]:
         """Embeds uint8 [N, S, S, 3] in eval mode, in batches, on the encoder's device."""

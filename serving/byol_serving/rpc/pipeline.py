@@ -16,6 +16,7 @@ from byol_serving.config import ServeConfig
 from byol_serving.decoder import decode_all
 from byol_serving.errors import InvalidImage, InvalidRequest
 from byol_serving.images import Pixels, Preprocess
+from byol_serving.timing import BatchRun
 
 Embeddings = NDArray[np.float32]
 
@@ -27,9 +28,21 @@ class Pipeline:
     """Embeds the images of concurrent requests. Belongs to one event loop."""
 
     def __init__(
-        self, embed: Callable[[Pixels], Embeddings], preprocess: Preprocess, config: ServeConfig
+        self,
+        embed: Callable[[Pixels], Embeddings],
+        preprocess: Preprocess,
+        config: ServeConfig,
+        *,
+        watch: Callable[[str, BatchRun], None] | None = None,
     ) -> None:
-        """`embed` is the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe."""
+        """Starts nothing yet.
+
+        Args:
+            embed: the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe.
+            preprocess: the encoder's.
+            config: workers, limits, batch size.
+            watch: told of each batch of each step.
+        """
         self._embed = embed
         self._pixel_bytes = preprocess.size**2 * 3
         self._max_batch = config.max_batch
@@ -39,12 +52,14 @@ class Pipeline:
             workers=config.decode_workers,
             share=True,
             name="decode",
+            watch=partial(watch, "decode") if watch else None,
         )
         self._inference: Batcher[Pixels, Embeddings] = Batcher(
             self._infer,
             max_batch=config.max_batch,
             workers=config.inference_workers,
             name="inference",
+            watch=partial(watch, "inference") if watch else None,
         )
         self.budget = Budget(
             max_images=config.max_queued_images,
@@ -93,6 +108,10 @@ class Pipeline:
         """Embeds uint8 [N, S, S, 3]; otherwise as `embed_images`."""
         with await self._claim(len(pixels), pixels.nbytes, wait):
             return _joined(await self._inference.submit(list(pixels), deadline=deadline))
+
+    def queued(self) -> dict[str, int]:
+        """Images that wait for each step."""
+        return {"decode": self._decoding.queued, "inference": self._inference.queued}
 
     async def close(self) -> None:
         """Ends the threads, after the batches that are in them."""

@@ -82,8 +82,14 @@ class EmbedRequest(google.protobuf.message.Message):
     IMAGES_FIELD_NUMBER: builtins.int
     PIXELS_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
     dtype: Global___DType.ValueType
     """float32 (default), float16 or int8."""
+    model: builtins.str
+    """Empty: the server's default model."""
+    version: builtins.str
+    """Empty: the version in use."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """Encoded image files (JPEG, PNG, WebP, GIF, BMP, TIFF), decoded as the encoder's bundle says."""
@@ -98,9 +104,11 @@ class EmbedRequest(google.protobuf.message.Message):
         images: collections.abc.Iterable[builtins.bytes] | None = ...,
         pixels: Global___Tensor | None = ...,
         dtype: Global___DType.ValueType = ...,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "pixels", b"pixels"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "version", b"version"]) -> None: ...
 
 Global___EmbedRequest: typing_extensions.TypeAlias = EmbedRequest
 
@@ -130,9 +138,19 @@ Global___EmbedResponse: typing_extensions.TypeAlias = EmbedResponse
 class GetEncoderRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """empty: the server's default model"""
+    version: builtins.str
+    """empty: the version in use"""
     def __init__(
         self,
+        *,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "version", b"version"]) -> None: ...
 
 Global___GetEncoderRequest: typing_extensions.TypeAlias = GetEncoderRequest
 
@@ -146,6 +164,8 @@ class Encoder(google.protobuf.message.Message):
     DIM_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
     PROVIDER_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
     encoder_id: builtins.str
     """sha256 of the ONNX graph"""
     name: builtins.str
@@ -155,6 +175,9 @@ class Encoder(google.protobuf.message.Message):
     """fp32, fp16, int8"""
     provider: builtins.str
     """the ONNX Runtime execution provider in use"""
+    model: builtins.str
+    """the name that requests call it by"""
+    version: builtins.str
     def __init__(
         self,
         *,
@@ -164,8 +187,10 @@ class Encoder(google.protobuf.message.Message):
         dim: builtins.int = ...,
         precision: builtins.str = ...,
         provider: builtins.str = ...,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "name", b"name", "precision", b"precision", "provider", b"provider"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "model", b"model", "name", b"name", "precision", b"precision", "provider", b"provider", "version", b"version"]) -> None: ...
 
 Global___Encoder: typing_extensions.TypeAlias = Encoder
 
