@@ -18,7 +18,7 @@ from byol_training.data import images_from_arrays
 from byol_training.feed import Feed
 from byol_training.lars import build_optimizer
 from byol_training.machine import choose_machine
-from byol_training.pretrain import build_model
+from byol_training.pretrain import build_model, gradients
 from byol_training.recipes import load_recipe
 from byol_training.survey import Survey
 
@@ -116,14 +116,11 @@ def measure_rate(config: TrainConfig) -> float:
     optimizer = build_optimizer(model.trained_parameters(), config.optimizer)
 
     def step(number: int) -> None:
-        views = feed.views(number)
-        with machine.autocast():
-            loss, _ = model(*views)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, _ = gradients(model, feed, number, 1, machine)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         model.update_target(0.99)
-        loss.detach().item()  # waits for the device
+        loss.item()  # waits for the device
 
     step(0)  # warms up
     started = time.perf_counter()
