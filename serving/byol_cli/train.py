@@ -19,6 +19,7 @@ from byol_serving.errors import InvalidConfig
 if TYPE_CHECKING:
     from byol_training.config import TrainConfig
     from byol_training.data import Images
+    from byol_training.online import OnlineScores
     from byol_training.parallel import World
     from byol_training.pretrain import Progress
 
@@ -74,6 +75,11 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of decoded images, used again by later runs; by default in the run directory.",
 )
+@click.option(
+    "--eval-every",
+    type=click.IntRange(min=1),
+    help="Epochs between scores while training: kNN where there are labels, and label-free.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
 @json_option
 def command(
@@ -84,6 +90,7 @@ def command(
     budget: float | None,
     store_scale: float | None,
     cache: Path | None,
+    eval_every: int | None,
     resume: bool,
     as_json: bool,
     **changes: Any,
@@ -98,7 +105,7 @@ def command(
               byol train --recipe list
 
     SOURCE is a folder, a tar archive, several of them, Parquet files, or a .txt list of paths.
-    Labels are never used. The run directory holds config.json, metrics.jsonl, rejected.jsonl and
+    Labels are never learned from. The run directory holds config.json, metrics.jsonl, rejected.jsonl and
     checkpoints; stop it with Ctrl-C and go on with --resume. Start it with torchrun to use several
     devices. Every setting is explained in docs/training.md.
     """
@@ -110,6 +117,7 @@ def command(
         raise click.UsageError("give SOURCE and --out, or --recipe list")
     given = {name: value for name, value in changes.items() if value is not None}
     from byol_training.machine import use_processors
+    from byol_training.online import OnlineScores
     from byol_training.parallel import joined
     from byol_training.survey import survey
 
@@ -129,14 +137,19 @@ def command(
         if budget is not None and not (resume and config):
             left = max(1.0, budget - (time.monotonic() - started))
             settings = world.decide(dataclasses.replace(settings, max_seconds=left))
-        last = _train(images, settings, out, resume=resume, quiet=as_json or not world.leads)
+        scores = OnlineScores(images, settings, out, every=eval_every) if eval_every else None
+        last = _train(
+            images, settings, out, scores, resume=resume, quiet=as_json or not world.leads
+        )
         if world.leads:
+            read = scores.last if scores is not None else {}
             emit(
                 {
                     "run": out,
                     "images": len(images),
                     "rejected": len(images.rejected),
                     **(asdict(last) if last is not None else {}),
+                    **{f"eval_{name}": value for name, value in read.items()},
                     "next": f"byol export {out} --out bundles/{out.name}",
                 },
                 as_json,
@@ -181,7 +194,13 @@ def _load(source: Path, side: int, cache: Path, world: "World") -> "Images":
 
 
 def _train(
-    images: "Images", settings: "TrainConfig", out: Path, *, resume: bool, quiet: bool
+    images: "Images",
+    settings: "TrainConfig",
+    out: Path,
+    scores: "OnlineScores | None",
+    *,
+    resume: bool,
+    quiet: bool,
 ) -> "Progress | None":
     """Trains under a progress bar; returns the last reading."""
     from byol_training.pretrain import pretrain
@@ -196,7 +215,7 @@ def _train(
             if show is not None:
                 show(now)
 
-        pretrain(images, settings, out, resume=resume, on_step=follow)
+        pretrain(images, settings, out, resume=resume, on_step=follow, on_epoch=scores)
     return last[0] if last else None
 
 

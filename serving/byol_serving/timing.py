@@ -13,7 +13,7 @@ class Step:
     """One request's way through one batcher; times on time.perf_counter()'s clock."""
 
     name: str
-    """decode or inference."""
+    """decode, inference or features."""
     items: int
     queued: float
     began: float

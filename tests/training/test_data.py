@@ -233,7 +233,7 @@ def test_whole_pictures_keep_their_shape_in_mind(tmp_path: Path) -> None:
     assert images.shapes is not None
     assert images.shapes.tolist() == [[20, 40], [40, 20]]
     assert images.pixels[0, 10, [0, 19], 0].tolist() == [200, 200]  # both ends are there
-    assert (images.square(0)[:, 1:-1, 2] > 170).all()  # the centre, not squashed
+    assert (images.squares(np.array([0]))[0, :, 1:-1, 2] > 170).all()  # the centre, not squashed
     again = load_images(tmp_path, 20, resize="whole", cache=tmp_path / "c")
     assert again.shapes is not None
     assert again.shapes.tolist() == images.shapes.tolist()

@@ -59,18 +59,29 @@ class Images:
         """How many images there are."""
         return len(self.names)
 
-    def square(self, row: int) -> decoding.Pixels:
-        """The centre of an image with its own aspect: uint8 [S, S, 3]."""
-        pixels: decoding.Pixels = self.pixels[row]
+    def squares(self, rows: NDArray[np.int64]) -> decoding.Pixels:
+        """Some of the images, with their own aspect, and the centres of those that are not square.
+
+        Args:
+            rows: int64 [n].
+
+        Returns:
+            uint8 [n, S, S, 3].
+        """
         if self.shapes is None:
-            return pixels
-        side = len(pixels)
-        height, width = (int(n) for n in self.shapes[row])
-        kept_rows = max(1, round(side * min(1.0, width / height)))
-        kept_columns = max(1, round(side * min(1.0, height / width)))
-        top, left = (side - kept_rows) // 2, (side - kept_columns) // 2
-        centre = np.ascontiguousarray(pixels[top : top + kept_rows, left : left + kept_columns])
-        return decoding.to_input(centre, decoding.Preprocess(size=side, resize="squash"))
+            return self.pixels[rows]
+        pairs = zip(self.pixels[rows], self.shapes[rows], strict=True)
+        return np.stack([_centre(pixels, *shape) for pixels, shape in pairs])
+
+
+def _centre(pixels: decoding.Pixels, height: int, width: int) -> decoding.Pixels:
+    """The centre of a squashed picture of that height and width, uint8 [S, S, 3] again."""
+    side = len(pixels)
+    rows = max(1, round(side * min(1.0, width / height)))
+    columns = max(1, round(side * min(1.0, height / width)))
+    top, left = (side - rows) // 2, (side - columns) // 2
+    kept = np.ascontiguousarray(pixels[top : top + rows, left : left + columns])
+    return decoding.to_input(kept, decoding.Preprocess(size=side, resize="squash"))
 
 
 def load_images(

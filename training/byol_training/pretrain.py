@@ -103,11 +103,12 @@ def pretrain(
         step += 1
         meter.add(loss)
         if on_epoch is not None and (step % feed.steps_per_epoch == 0 or step >= meter.steps):
-            on_epoch(model, step)
+            stopped = world.decide(world.leads and _stops(on_epoch, model, step))
         due = step % save_every == 0
         if due or meter.is_due(step):
             progress = _read(meter, step, projections, feed, config, run)
-            stopped = world.decide(world.leads and _tell(run, progress, on_step, lr=lr, tau=tau))
+            told = world.leads and _tell(run, progress, on_step, lr=lr, tau=tau)
+            stopped = world.decide(told) or stopped
             if due and not stopped:
                 run.save(step, meter.steps, progress.seconds)
                 saved = step
@@ -158,9 +159,13 @@ def _tell(
 ) -> bool:
     """Logs a reading and shows it; whether the run is to stop."""
     run.log(progress, **more)
+    return on_step is not None and _stops(on_step, progress)
+
+
+def _stops(hook: Callable[..., None], *args: object) -> bool:
+    """Calls a hook; whether it asked to stop."""
     try:
-        if on_step is not None:
-            on_step(progress)
+        hook(*args)
     except Stop:
         return True
     return False

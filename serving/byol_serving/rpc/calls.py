@@ -63,6 +63,11 @@ class Calls(grpc.aio.ServerInterceptor):
         self._idle.set()
         self._wrapped: dict[str, _Handler] = {}
 
+    @property
+    def draining(self) -> bool:
+        """Whether new calls are refused."""
+        return self._draining
+
     async def drain(self) -> None:
         """Refuses new calls from now on, and returns when the accepted ones are answered."""
         self._draining = True

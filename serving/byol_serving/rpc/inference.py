@@ -1,28 +1,31 @@
 """The Open Inference Protocol v2: the same models, for clients that speak Triton's and KServe's.
 
 A model has two inputs, of which a request sends one: `images`, BYTES [N], encoded files; or
-`pixels`, UINT8 [N, S, S, 3], RGB of the encoder's input size. Its output is `embedding`, FP32
-[N, D].
+`pixels`, UINT8 [N, S, S, 3], RGB of the encoder's input size. Its outputs are `embedding`, FP32
+[N, D], and the feature maps that its bundle offers, FP32 [N, C, H, W].
 """
 
 import time
+from collections.abc import Sequence
 from importlib.metadata import version as installed_version
 from typing import Any, TypeAlias
 
 import grpc
+import numpy as np
 
 from byol_serving.errors import InvalidRequest, NotFound
+from byol_serving.images import Pixels
 from byol_serving.pb.inference import grpc_service_pb2 as pb
 from byol_serving.pb.inference import grpc_service_pb2_grpc
 from byol_serving.rpc.calls import deadline_of
+from byol_serving.rpc.features import EMBEDDING, Maps
 from byol_serving.rpc.inference_tensors import fill_output, read_images, read_pixels
 from byol_serving.rpc.models import Model, Models
-from byol_serving.rpc.pipeline import Embeddings
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 PLATFORM = "onnxruntime_onnx"
-IMAGES, PIXELS, EMBEDDING = "images", "pixels", "embedding"
+IMAGES, PIXELS = "images", "pixels"
 
 
 class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -77,42 +80,60 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 tensor(name=IMAGES, datatype="BYTES", shape=[-1]),
                 tensor(name=PIXELS, datatype="UINT8", shape=[-1, size, size, 3]),
             ],
-            outputs=[tensor(name=EMBEDDING, datatype="FP32", shape=[-1, model.info.dim])],
+            outputs=[
+                tensor(name=EMBEDDING, datatype="FP32", shape=[-1, model.info.dim]),
+                *(
+                    tensor(
+                        name=each.name,
+                        datatype="FP32",
+                        shape=[-1, each.channels, each.side, each.side],
+                    )
+                    for each in model.info.features
+                ),
+            ],
         )
 
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
-        """Embeds a batch. Answers in raw contents where the request used them, else in typed ones.
+        """Embeds a batch, or gives its feature maps. Raw contents are answered in raw contents.
 
-        The parameter `timeout` (int64, microseconds) shortens the call's deadline.
+        Outputs are those asked for, by default the embedding. The parameter `timeout` (int64,
+        microseconds) shortens the call's deadline.
         """
+        outputs = [each.name for each in request.outputs] or [EMBEDDING]
         with self._models.using(_named(request.model_name), request.model_version) as model:
-            for output in request.outputs:
-                if output.name != EMBEDDING:
-                    raise InvalidRequest(
-                        f"model {model.name!r} has no output {output.name!r}; ask for {EMBEDDING}"
-                    )
-            rows = await _embed(model, request, _deadline(request, context))
+            found = await _infer(model, request, outputs, _deadline(request, context))
         response = pb.ModelInferResponse(
             model_name=model.name, model_version=model.version, id=request.id
         )
-        fill_output(response, EMBEDDING, rows, raw=bool(request.raw_input_contents))
+        for name in outputs:
+            fill_output(response, name, found[name], raw=bool(request.raw_input_contents))
         return response
 
 
-async def _embed(model: Model, request: pb.ModelInferRequest, deadline: float | None) -> Embeddings:
+async def _infer(
+    model: Model, request: pb.ModelInferRequest, outputs: list[str], deadline: float | None
+) -> Maps:
+    images = _input(model, request)
+    if outputs != [EMBEDDING]:
+        return await model.features.extract(images, outputs, deadline=deadline)
+    if isinstance(images, np.ndarray):
+        return {EMBEDDING: await model.pipeline.embed_pixels(images, deadline=deadline)}
+    return {EMBEDDING: await model.pipeline.embed_images(images, deadline=deadline)}
+
+
+def _input(model: Model, request: pb.ModelInferRequest) -> Sequence[bytes] | Pixels:
+    """The request's files, or its pixels uint8 [N, S, S, 3]."""
     if len(request.inputs) != 1:
         raise InvalidRequest(
             f"the request has {len(request.inputs)} inputs; send one, {IMAGES} or {PIXELS}"
         )
     match request.inputs[0].name:
         case "images":
-            images = read_images(request)
-            return await model.pipeline.embed_images(images, deadline=deadline)
+            return read_images(request)
         case "pixels":
-            pixels = read_pixels(request, model.info.preprocess.size)
-            return await model.pipeline.embed_pixels(pixels, deadline=deadline)
+            return read_pixels(request, model.info.preprocess.size)
         case other:
             raise InvalidRequest(
                 f"model {model.name!r} has no input {other!r}; send {IMAGES} or {PIXELS}"

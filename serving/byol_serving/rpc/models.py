@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from byol_serving.bundle import BundleInfo
 from byol_serving.errors import EncoderMismatch, FailedPrecondition, UnknownModel
+from byol_serving.rpc.features import Features
 from byol_serving.rpc.pipeline import Pipeline
 
 
@@ -24,6 +25,7 @@ class Model:
     info: BundleInfo
     provider: str
     pipeline: Pipeline
+    features: Features
     requests: int = 0
     """That use it now."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -35,7 +37,12 @@ class Model:
     async def close(self) -> None:
         """Waits for the requests that use it, and ends its threads."""
         await self.idle.wait()
+        await self.features.close()
         await self.pipeline.close()
+
+    def queued(self) -> dict[str, int]:
+        """Images that wait for each step."""
+        return {**self.pipeline.queued(), "features": self.features.queued()}
 
 
 class Models:

@@ -39,8 +39,8 @@ class Pipeline:
 
         Args:
             embed: the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe.
-            preprocess: the encoder's.
-            config: workers, limits, batch size.
+            preprocess: of the encoder's bundle.
+            config: with `max_batch` and `inference_workers` as the encoder wants them, not 0.
             watch: told of each batch of each step.
         """
         self._embed = embed
@@ -58,6 +58,7 @@ class Pipeline:
             self._infer,
             max_batch=config.max_batch,
             workers=config.inference_workers,
+            share=True,
             name="inference",
             watch=partial(watch, "inference") if watch else None,
         )
@@ -109,6 +110,28 @@ class Pipeline:
         with await self._claim(len(pixels), pixels.nbytes, wait):
             return _joined(await self._inference.submit(list(pixels), deadline=deadline))
 
+    async def decode(
+        self, images: Sequence[bytes], *, deadline: float | None = None, offset: int = 0
+    ) -> list[Pixels]:
+        """Decodes image files to uint8 [S, S, 3] each; within a claim.
+
+        Args:
+            images: at least one.
+            deadline: on time.monotonic()'s clock; see `Batcher.submit`.
+            offset: position of the first in its request, for the message of an error.
+
+        Raises:
+            InvalidImage: names the position of the first bad image.
+            DeadlinePassed, Unavailable: nothing is wrong with the images.
+        """
+        frames: list[Pixels] = []
+        for part in await self._decoding.submit(images, deadline=deadline):
+            for decoded in part:
+                if isinstance(decoded, InvalidImage):
+                    raise decoded.at(offset + len(frames))
+                frames.append(decoded)
+        return frames
+
     def queued(self) -> dict[str, int]:
         """Images that wait for each step."""
         return {"decode": self._decoding.queued, "inference": self._inference.queued}
@@ -118,27 +141,36 @@ class Pipeline:
         await self._decoding.close()
         await self._inference.close()
 
-    async def _claim(self, images: int, size: int, wait: bool) -> Claim:
-        if not images:
-            raise InvalidRequest("the request has no images; send at least one")
-        if wait:
-            return await self.budget.wait_for(images, size)
+    def claim(self, images: int, size: int) -> Claim:
+        """Room in the budget.
+
+        Raises:
+            InvalidRequest: no images, or more than could ever be queued.
+            Overloaded: no room now.
+        """
+        _check_any(images)
         return self.budget.claim(images, size)
+
+    async def _claim(self, images: int, size: int, wait: bool) -> Claim:
+        if not wait:
+            return self.claim(images, size)
+        _check_any(images)
+        return await self.budget.wait_for(images, size)
 
     async def _piece(
         self, images: Sequence[bytes], offset: int, deadline: float | None
     ) -> Embeddings:
-        frames: list[Pixels] = []
-        for part in await self._decoding.submit(images, deadline=deadline):
-            for decoded in part:
-                if isinstance(decoded, InvalidImage):
-                    raise decoded.at(offset + len(frames))
-                frames.append(decoded)
+        frames = await self.decode(images, deadline=deadline, offset=offset)
         return _joined(await self._inference.submit(frames, deadline=deadline))
 
     def _infer(self, frames: list[Pixels]) -> Embeddings:
         """Runs in an inference thread."""
         return self._embed(frames[0][None] if len(frames) == 1 else np.stack(frames))
+
+
+def _check_any(images: int) -> None:
+    if not images:
+        raise InvalidRequest("the request has no images; send at least one")
 
 
 def _joined(parts: list[Embeddings]) -> Embeddings:

@@ -16,7 +16,7 @@ import pytest
 from byol_serving.client import Client
 from byol_serving.pb.inference import grpc_service_pb2 as pb
 from byol_serving.pb.inference import grpc_service_pb2_grpc
-from serving.support import DIM, SIZE, png, random_pixels, reference
+from serving.support import DIM, SIZE, png, random_pixels, reference, reference_cells
 
 PIXELS = random_pixels(3)
 FILES = [png(each) for each in PIXELS]
@@ -54,7 +54,11 @@ def test_tritonclient_works_unchanged(address: str, client: Client, tmp_path: Pa
             {"name": "images", "datatype": "BYTES", "shape": ["-1"]},
             {"name": "pixels", "datatype": "UINT8", "shape": ["-1", str(SIZE), str(SIZE), "3"]},
         ],
-        "outputs": [{"name": "embedding", "datatype": "FP32", "shape": ["-1", str(DIM)]}],
+        "outputs": [
+            {"name": "embedding", "datatype": "FP32", "shape": ["-1", str(DIM)]},
+            {"name": "cells", "datatype": "FP32", "shape": ["-1", "3", "4", "4"]},
+            {"name": "doubled", "datatype": "FP32", "shape": ["-1", "3", "4", "4"]},
+        ],
     }
     assert seen["response"] == {"model_name": "tiny", "model_version": version, "id": "seven"}
     np.testing.assert_allclose(seen["by_files"], reference(PIXELS), atol=1e-5)
@@ -95,6 +99,18 @@ def test_typed_contents_are_answered_in_typed_contents(stub: Any) -> None:
         np.testing.assert_allclose(rows, reference(PIXELS), atol=1e-5)
 
 
+def test_feature_maps_are_outputs_too(stub: Any) -> None:
+    tensor = Tensor(name="pixels", datatype="UINT8", shape=PIXELS.shape)
+    names = ["doubled", "embedding"]
+    outputs = [pb.ModelInferRequest.InferRequestedOutputTensor(name=each) for each in names]
+    answer = stub.ModelInfer(request(tensor, raw=[PIXELS.tobytes()], outputs=outputs), timeout=10)
+    assert [each.name for each in answer.outputs] == names
+    maps, rows = (np.frombuffer(each, "<f4") for each in answer.raw_output_contents)
+    cells = reference_cells(PIXELS)
+    np.testing.assert_allclose(maps.reshape(answer.outputs[0].shape), 2 * cells, atol=1e-5)
+    np.testing.assert_allclose(rows.reshape(3, DIM), reference(PIXELS), atol=1e-5)
+
+
 def test_a_timeout_in_the_request_is_a_deadline(stub: Any) -> None:
     tensor = Tensor(name="pixels", datatype="UINT8", shape=PIXELS.shape)
     message = request(tensor, raw=[PIXELS.tobytes()])
@@ -115,8 +131,12 @@ BAD: dict[str, tuple[Callable[[], pb.ModelInferRequest], str]] = {
     "both inputs": (lambda: request(Tensor(name="images"), Tensor(name="pixels")), "2 inputs"),
     "no model": (lambda: pb.ModelInferRequest(), "names no model"),
     "an unknown output": (
-        lambda: request(outputs=[pb.ModelInferRequest.InferRequestedOutputTensor(name="x")]),
-        "no output 'x'",
+        lambda: request(
+            Tensor(name="images", datatype="BYTES", shape=[1]),
+            raw=[elements(FILES[0])],
+            outputs=[pb.ModelInferRequest.InferRequestedOutputTensor(name="x")],
+        ),
+        "offers no stage 'x'",
     ),
     "typed and raw": (
         lambda: request(
