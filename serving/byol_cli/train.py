@@ -105,9 +105,9 @@ def command(
               byol train --recipe list
 
     SOURCE is a folder, a tar archive, several of them, Parquet files, or a .txt list of paths.
-    Labels are never learned from. The run directory holds config.json, metrics.jsonl, rejected.jsonl and
-    checkpoints; stop it with Ctrl-C and go on with --resume. Start it with torchrun to use several
-    devices. Every setting is explained in docs/training.md.
+    Labels are never learned from. The run directory holds config.json, metrics.jsonl,
+    rejected.jsonl and checkpoints; stop it with Ctrl-C and go on with --resume. Start it with
+    torchrun to use several devices. Every setting is explained in docs/training.md.
     """
     started = time.monotonic()
     if recipe == "list":
