@@ -22,6 +22,8 @@ COMMANDS = {
     "index": "Embed a folder or archive into a collection.",
     "search": "Find an image's nearest neighbours.",
     "collections": "List, create, inspect and drop collections.",
+    "models": "List, load, switch and unload a server's encoders.",
+    "token": "Make an access token for a server.",
     "doctor": "Say what this machine offers and lacks.",
 }
 
