@@ -28,6 +28,12 @@ COMMANDS = [
     "collections create",
     "collections stats",
     "collections drop",
+    "models",
+    "models list",
+    "models load",
+    "models switch",
+    "models unload",
+    "token",
     "doctor",
 ]
 
