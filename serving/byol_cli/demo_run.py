@@ -21,13 +21,13 @@ from byol_serving.collections.types import Hit
 from byol_serving.errors import Unavailable
 from byol_training import demo_data
 from byol_training.config import TrainConfig
+from byol_training.contact_sheet import neighbour_sheet
 from byol_training.data import Images, common_labels, load_images, read_images
 from byol_training.demo_data import Part
 from byol_training.evaluate import pixel_embeddings, untrained
 from byol_training.export import export_run
 from byol_training.neighbours import Embeddings, Labels, knn_accuracy
 from byol_training.pretrain import pretrain
-from byol_training.report import neighbour_sheet
 
 Item = TypeVar("Item")
 

@@ -44,8 +44,9 @@ class ServeConfig:
     """Folder of more bundles, NAME/VERSION/: all are loaded, of each model the newest is in use."""
     default_model: str = ""
     """Model of requests that name none; empty: the bundle's, or the only one of the folder."""
-    store: Path | None = None
-    """Folder of the collections; without one the server only embeds."""
+    store: Path | str | None = None
+    """Folder of the collections, or `milvus:` and an address (see `collections.opening`); without
+    one the server only embeds."""
     backups: Path | None = None
     """Folder of backups; without one Backup and Restore are refused."""
     host: str = "127.0.0.1"

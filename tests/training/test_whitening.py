@@ -66,8 +66,12 @@ def test_what_cannot_be_whitened() -> None:
 class Colours(nn.Module):
     """The mean colour, as an encoder."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+
     def forward(self, images: Tensor) -> Tensor:
-        return images.mean((2, 3))
+        return self.gain * images.mean((2, 3))
 
 
 def test_the_served_encoder_whitens_before_it_normalises() -> None:

@@ -37,7 +37,7 @@ class ServedEncoder(nn.Module):
     def planes(self, images: Tensor) -> Tensor:
         """uint8 [N, S, S, 3] -> the encoder's input, normalised float [N, 3, S, S]."""
         planes = images.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift
-        return planes.to(next(self.encoder.parameters()).dtype)
+        return planes.to(next((p.dtype for p in self.encoder.parameters()), torch.float32))
 
     def encode(self, images: Tensor) -> Tensor:
         """Pixels to what the encoder gives, float32 [N, D], neither whitened nor normalised."""
