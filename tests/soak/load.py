@@ -20,6 +20,8 @@ from soak.material import BAD, MODEL, SEEDS, Material
 
 PATIENCE_S = 10.0
 """Deadline of calls that are to be answered or refused; the queue holds far less."""
+STARVED = "late, the sender was starved"
+_STARVED_S = 1.0
 _STEP_S = 0.02
 """Open-loop senders wake up so often."""
 
@@ -52,6 +54,8 @@ class Load:
         self.outcome = Outcome()
         self.done = asyncio.Event()
         self._random = random.Random(seed)
+        self._starved: list[float] = []
+        """When this program itself did not get to run for a second."""
 
     async def closed_loop(self, clients: int, seconds: float) -> float:
         """Images a second that the server answers to clients who wait: its capacity."""
@@ -69,6 +73,14 @@ class Load:
             began = time.monotonic()
             await asyncio.gather(*(ask(stub) for _ in range(clients)))
         return answered / (time.monotonic() - began)
+
+    async def heartbeat(self) -> None:
+        """Notes when this program is starved: what is late then is not the server's fault."""
+        while not self.done.is_set():
+            before = time.monotonic()
+            await asyncio.sleep(_STEP_S)
+            if time.monotonic() - before > _STARVED_S:
+                self._starved.append(time.monotonic())
 
     async def good(self, images_per_second: float) -> None:
         """Sends at a fixed rate, whatever comes back: each call is answered in time, or refused."""
@@ -174,6 +186,8 @@ class Load:
         code = await self._check_embed(stub, self._choose(8), "good")
         if code == "OK":
             self.outcome.seconds.append(time.monotonic() - began)
+        elif code == "DEADLINE_EXCEEDED" and self._starved_since(began):
+            return STARVED
         elif code != "RESOURCE_EXHAUSTED":
             self.outcome.fault(f"good: {code} after {time.monotonic() - began:.2f} s")
         return code
@@ -195,7 +209,7 @@ class Load:
         return code
 
     async def _bad(self, stub: Any) -> str:
-        rows = self._choose(7)
+        began, rows = time.monotonic(), self._choose(7)
         request = self._request(rows)
         position = self._random.randint(0, len(rows))
         request.images.insert(position, self._random.choice(list(BAD.values())))
@@ -206,17 +220,22 @@ class Load:
             code = error.code().name
             if code == "INVALID_ARGUMENT" and f"image {position}: " in (error.details() or ""):
                 return code
+        if code == "DEADLINE_EXCEEDED" and self._starved_since(began):
+            return STARVED
         if code != "RESOURCE_EXHAUSTED":
             self.outcome.fault(f"bad: image {position} of {len(rows) + 1} gave {code}")
         return code
 
     async def _features(self, stub: Any) -> str:
-        rows = self._choose(4)
+        began, rows = time.monotonic(), self._choose(4)
         files = [self.material.files[row] for row in rows]
         request = pb.ExtractFeaturesRequest(images=files, stages=["cells"])
         try:
             answer = await stub.ExtractFeatures(request, timeout=PATIENCE_S)
         except grpc.aio.AioRpcError as error:
+            late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            if late and self._starved_since(began):
+                return STARVED
             if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                 self.outcome.fault(f"features: {error.code().name}: {error.details()}")
             return error.code().name
@@ -241,6 +260,9 @@ class Load:
         found = np.frombuffer(answer.embeddings.data, "<f4").reshape(len(rows), -1)
         if not np.allclose(found, golden[list(rows)], atol=1e-4):
             self.outcome.fault(f"{kind}: other vectors than those of images {list(rows)}")
+
+    def _starved_since(self, began: float) -> bool:
+        return any(at > began for at in self._starved)
 
     def _choose(self, most: int) -> list[int]:
         count = self._random.randint(1, most)

@@ -37,7 +37,8 @@ from soak.material import BAD, MODEL, Material, make_material
 MEMORY_FACTOR = 1.25
 MEMORY_BYTES = 64 * 2**20
 OVERLOAD = 2.0
-QUEUE = 128
+QUEUE = 64
+LEFT_OVER = ("byol_requests_in_flight", "byol_accepted_images", "byol_queue_images")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ async def soak(server: Server, material: Material, seconds: float, folder: Path)
     image.write_bytes(material.files[0])
     capacity = await load.closed_loop(clients=8, seconds=max(1.0, seconds * 0.1))
     clients = asyncio.gather(
+        load.heartbeat(),
         load.good(capacity * OVERLOAD),
         load.expiring(capacity * 0.05),
         load.cancelling(capacity * 0.05),
@@ -116,10 +118,10 @@ async def soak(server: Server, material: Material, seconds: float, folder: Path)
 
 
 async def _until_idle(server: Server) -> dict[str, float]:
-    """The metrics once nothing is in flight, or after ten seconds."""
-    for _ in range(100):
+    """The metrics once nothing is left to do, or after half a minute."""
+    for _ in range(300):
         found = await asyncio.to_thread(server.samples)
-        if not found["byol_requests_in_flight"] and not found["byol_accepted_images"]:
+        if not any(found[name] for name in LEFT_OVER):
             break
         await asyncio.sleep(0.1)
     return found
@@ -135,7 +137,7 @@ def _report(
     for kind, count in outcome.started.items():
         if (finished := sum(ended.get(kind, {}).values())) != count:
             outcome.fault(f"{kind}: {count} calls started and {finished} ended")
-    for name in ("byol_requests_in_flight", "byol_accepted_images", "byol_queue_images"):
+    for name in LEFT_OVER:
         if idle[name]:
             outcome.fault(f"{name} is {idle[name]:g} after the load")
     after, limit = idle["process_resident_memory_bytes"], before * MEMORY_FACTOR + MEMORY_BYTES

@@ -27,7 +27,7 @@ def test_a_few_seconds_under_fire() -> None:
     assert run.returncode == 0, run.stderr[-3000:] + run.stdout[-3000:]
     report = json.loads(run.stdout.splitlines()[-1])
     assert report["ended"].keys() >= {"good", "bad", "stream", "switch", "killed", "features"}
-    assert report["ended"]["good"]["OK"] > 50
+    assert report["ended"]["good"]["OK"] > 10
     assert report["memory_after_mib"] <= report["memory_limit_mib"]
 
 
