@@ -120,7 +120,7 @@ class ServeConfig:
             if value is not None and not low <= value <= high:
                 raise InvalidConfig(f"{name} {value} is outside {low}..{high}")
         for name, choices in (
-            ("device", ("auto", "cpu", "cuda")),
+            ("device", ("auto", "cpu", "cuda", "tensorrt")),
             ("log_format", ("text", "json")),
             ("log_level", ("debug", "info", "warning", "error")),
         ):
