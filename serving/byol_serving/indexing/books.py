@@ -133,8 +133,8 @@ class Books:
             raise InvalidSource(f"{self.plan.source} holds no image; is it the right place?")
         removed = self._sink.remove(self._ledger.gone()) if self.plan.sync else 0
         self._journal.commit(self._shards, staged=self.plan.sync)
-        rejected_file = self._journal.write_rejected()
         met = self.meter
+        rejected_file = self._journal.write_rejected(some=met.rejected > 0)
         met.total = met.done + met.skipped + met.rejected + met.duplicates
         self.tell(at_once=True)
         return Summary(

@@ -68,7 +68,7 @@ def finished(out: Path) -> int:
 
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not condition():
         assert process.poll() is None, "the run ended too early"
         assert time.monotonic() < deadline
