@@ -191,25 +191,35 @@ def score(plan: Plan, bank: Images, queries: Images) -> Results:
     else:
         start = {"step": 0, **measure(network.embed)}
         results = {"facts": facts(plan), "pixels": measure(pixel_embeddings), "untrained": start}
-    for run in RUNS:
+    before: dict[str, Embeddings] = {}
+    for path in kept(plan):
+        run, step = path.parent.name, int(path.stem)
         scored = results.setdefault(run, [])
-        paths = sorted((plan.out / "snapshots" / run).glob("*.pt"))[plan.every - 1 :: plan.every]
-        for place, path in enumerate(paths):
-            if place < len(scored):
-                continue
-            before = load_into(network, paths[place - 1], queries) if place else None
-            after = load_into(network, path, queries)
-            step = int(path.stem)
-            last = step == results["facts"]["steps"]
-            point = {"step": step, **measure(network.embed, probes=last)}
-            if before is not None:
-                point["stability"] = neighbour_stability(before, after)
-            scored.append(point)
-            print(f"{run} {step}: kNN {point['knn_accuracy']:.4f}", flush=True)
-            file.write_text(json.dumps(results, indent=1) + "\n")
+        if any(point["step"] == step for point in scored):
+            continue
+        if scored and run not in before:  # stopped here last time
+            before[run] = load_into(network, path.with_stem(f"{scored[-1]['step']:06d}"), queries)
+        after = load_into(network, path, queries)
+        last = step == results["facts"]["steps"]
+        point = {"step": step, **measure(network.embed, probes=last)}
+        if run in before:
+            point["stability"] = neighbour_stability(before[run], after)
+        before[run] = after
+        scored.append(point)
+        print(f"{run} {step}: kNN {point['knn_accuracy']:.4f}", flush=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")
     results["spearman"] = correlations(results)
     file.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def kept(plan: Plan) -> list[Path]:
+    """Weights to score, early ones first: curves that are stopped end at the same step."""
+    paths: list[Path] = []
+    for run in RUNS:
+        every = sorted((plan.out / "snapshots" / run).glob("*.pt"))
+        paths += every[plan.every - 1 :: plan.every]
+    return sorted(paths, key=lambda path: (path.stem, path.parent.name))
 
 
 def load_into(network: ServedEncoder, weights: Path, images: Images) -> Embeddings:
@@ -236,8 +246,8 @@ def correlations(results: Results) -> dict[str, dict[str, float]]:
 
     For each run over its own checkpoints, and over those of both together.
     """
-    groups = {run: results[run] for run in RUNS if len(results[run]) > 2}
-    groups["both"] = [point for run in RUNS for point in results[run]]
+    groups = {run: results[run] for run in RUNS if len(results.get(run, [])) > 2}
+    groups["both"] = [point for points in groups.values() for point in points]
     return {
         measure: {
             name: spearman(
@@ -263,7 +273,7 @@ def summary(results: Results) -> str:
     lines += [
         f"  {run} at step {results[run][-1]['step']}: {results[run][-1]['knn_accuracy']:.4f}"
         for run in RUNS
-        if results[run]
+        if run in results
     ]
     lines.append("Spearman correlation with kNN accuracy over checkpoints")
     for measure, found in results["spearman"].items():
@@ -274,7 +284,7 @@ def summary(results: Results) -> str:
 
 def draw(results: Results) -> str:
     """Both curves and the baselines as one SVG, readable on white and on black."""
-    curves = {run: [results["untrained"], *results[run]] for run in RUNS if results[run]}
+    curves = {run: [results["untrained"], *results[run]] for run in RUNS if run in results}
     values = [point["knn_accuracy"] for curve in curves.values() for point in curve]
     base = {"raw pixels": results["pixels"]["knn_accuracy"]}
     x_ticks = ticks(0, results["facts"]["steps"], 5)
