@@ -5,8 +5,9 @@
 Both learn from the same files with the same encoder from the same initial weights, with the same
 batch size and number of steps, each with its own published settings (lightly's: see
 peers/lightly_quality.py), at the same time in two processes. After every epoch the encoder is kept;
-kept encoders are then scored by the same code, with labels and without, and the curves drawn. What
-exists is not done again; `--score-only` scores and draws what there is so far.
+kept encoders are then scored by the same code, with labels and without, and the curves drawn. A
+run of ours that was stopped goes on, lightly's begins anew unless it is finished; `--score-only`
+scores what is not scored yet, and draws what there is so far.
 
 On a machine with an NVIDIA GPU, the 200-epoch recipe (ResNet-18, all 50,000 images, batch 256):
 
@@ -152,6 +153,8 @@ def train_peer(plan: Plan, bank: Images) -> None:
     """The same number of steps, in lightly's environment."""
     keep = snapshots(plan, "lightly")
     per_epoch = plan.images // plan.config.batch_size
+    if keep(per_epoch * plan.config.epochs).exists():
+        return
     np.save(plan.out / "pixels.npy", bank.pixels)
     setup: dict[str, Any] = {
         "pixels": str(plan.out / "pixels.npy"),
