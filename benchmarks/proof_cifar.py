@@ -27,7 +27,7 @@ import torch
 from scipy.stats import spearmanr
 
 import harness
-from byol_serving.images import Preprocess
+from byol_serving.images import Pixels, Preprocess
 from byol_training import evaluate
 from byol_training.byol import Byol
 from byol_training.config import AugmentConfig, OptimizerConfig, TrainConfig, ViewConfig
@@ -189,11 +189,15 @@ def score(plan: Plan, bank: Images, queries: Images) -> Results:
     def measure(embed: Embed, *, probes: bool = False) -> dict[str, float]:
         return evaluate.score(embed, subject, bank, queries, probes=probes)
 
-    if file.exists():
-        results: Results = json.loads(file.read_text())
-    else:
-        start = {"step": 0, **measure(network.embed)}
-        results = {"facts": facts(plan), "pixels": measure(pixel_embeddings), "untrained": start}
+    results: Results = json.loads(file.read_text()) if file.exists() else {"facts": facts(plan)}
+    baselines: dict[str, Embed] = {
+        "untrained": network.embed,
+        "pixels": pixel_embeddings,
+        "standardised": standardised(bank),
+    }
+    for name, embed in baselines.items():
+        if name not in results:
+            results[name] = {"step": 0, **measure(embed)}
     before: dict[str, Embeddings] = {}
     for path in kept(plan):
         run, step = path.parent.name, int(path.stem)
@@ -214,6 +218,17 @@ def score(plan: Plan, bank: Images, queries: Images) -> Results:
     results["spearman"] = correlations(results)
     file.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def standardised(bank: Images) -> Embed:
+    """Pixels, each made mean 0 and deviation 1 over the bank; the other baseline, weaker here."""
+    mean, std = bank.pixels.mean(axis=0), bank.pixels.std(axis=0)
+
+    def embed(pixels: Pixels) -> Embeddings:
+        rows = ((pixels - mean) / std).reshape(len(pixels), -1)
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+    return embed
 
 
 def kept(plan: Plan) -> list[Path]:
@@ -270,8 +285,8 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float:
 def summary(results: Results) -> str:
     """A few lines for the terminal."""
     lines = [
-        f"kNN accuracy: pixels {results['pixels']['knn_accuracy']:.4f},"
-        f" untrained {results['untrained']['knn_accuracy']:.4f}"
+        f"kNN accuracy: {name} {results[name]['knn_accuracy']:.4f}"
+        for name in ("untrained", "pixels", "standardised")
     ]
     lines += [
         f"  {run} at step {results[run][-1]['step']}: {results[run][-1]['knn_accuracy']:.4f}"
@@ -289,7 +304,10 @@ def draw(results: Results) -> str:
     """Both curves and the baselines as one SVG, readable on white and on black."""
     curves = {run: [results["untrained"], *results[run]] for run in RUNS if run in results}
     values = [point["knn_accuracy"] for curve in curves.values() for point in curve]
-    base = {"raw pixels": results["pixels"]["knn_accuracy"]}
+    base = {
+        "pixels": results["pixels"]["knn_accuracy"],
+        "standardised": results["standardised"]["knn_accuracy"],
+    }
     x_ticks = ticks(0, results["facts"]["steps"], 5)
     y_ticks = ticks(min(*values, *base.values()), max(*values, *base.values()), 5, padded=True)
 
