@@ -15,11 +15,6 @@ from byol_cli.output import emit, json_option
 @click.option("--size", type=int, help="Input size in pixels; default: the training views'.")
 @click.option("--crop-fraction", default=1.0, show_default=True, help="Centre crop when serving.")
 @click.option(
-    "--whiten",
-    type=click.Path(path_type=Path, exists=True),
-    help="Images, best those trained on: give all directions of the embedding the same variance.",
-)
-@click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
     default="fp32",
@@ -32,6 +27,11 @@ from byol_cli.output import emit, json_option
     help="Labelled images: what the precision costs in kNN accuracy.",
 )
 @click.option("--features", help="Stages whose dense maps to offer too, like layer3,layer4.")
+@click.option(
+    "--whiten",
+    type=click.Path(path_type=Path, exists=True),
+    help="Images, best those trained on: give all directions of the embedding the same variance.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at --out.")
 @json_option
 def command(
@@ -40,10 +40,10 @@ def command(
     name: str | None,
     size: int | None,
     crop_fraction: float,
-    whiten: Path | None,
     precision: Literal["fp32", "fp16", "int8"],
     measure_on: Path | None,
     features: str | None,
+    whiten: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -51,8 +51,8 @@ def command(
 
     \b
     Example:  byol export runs/photos --out bundles/photos
-    Smaller:  byol export runs/photos --out bundles/photos-int8 --precision int8
-    Whitened: byol export runs/photos --out bundles/photos-white --whiten photos/
+              byol export runs/photos --out bundles/photos-int8 --precision int8
+              byol export runs/photos --out bundles/photos-white --whiten photos/
     """
     from byol_training.export import export_run
 
@@ -62,10 +62,10 @@ def command(
         name=name,
         size=size,
         crop_fraction=crop_fraction,
-        whiten_on=whiten,
         precision=precision,
         measure_on=measure_on,
         features=features.split(",") if features else (),
+        whiten_on=whiten,
         overwrite=overwrite,
     )
     emit(

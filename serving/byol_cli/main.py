@@ -22,7 +22,7 @@ COMMANDS = {
     "embed": "Embed a folder or archive into files.",
     "index": "Embed a folder or archive into a collection.",
     "search": "Find an image's nearest neighbours.",
-    "collections": "List, create, inspect and drop collections.",
+    "collections": "Make, inspect, back up and analyse collections.",
     "doctor": "Say what this machine offers and lacks.",
 }
 
@@ -90,6 +90,8 @@ def _missing(error: ModuleNotFoundError) -> str:
             extra = "cpu"
         case "pyarrow":
             extra = "parquet"
+        case "pymilvus":
+            extra = "milvus"
         case "skimage" | "sklearn":
             extra = "demo"
         case _:

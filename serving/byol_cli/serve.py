@@ -11,18 +11,24 @@ from byol_serving.errors import InvalidConfig
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="Encoder bundle to load.")
-@click.option("--store", type=click.Path(path_type=Path), help="Folder of the collections.")
+@click.option("--store", help="Folder of the collections, or milvus:ADDRESS.")
+@click.option("--backups", type=click.Path(path_type=Path), help="Folder of their backups.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=50051, show_default=True, help="Port; 0 lets the system choose.")
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
     default="auto",
     show_default=True,
     help="Where the encoder runs.",
 )
 @click.option("--threads", default=0, show_default=True, help="Threads of one inference; 0: auto.")
-@click.option("--max-batch", default=64, show_default=True, help="Images in one inference.")
+@click.option(
+    "--inference-workers", default=0, show_default=True, help="Inferences at a time; 0: auto."
+)
+@click.option(
+    "--max-batch", default=0, show_default=True, help="Images in one inference; 0: by measurement."
+)
 @click.option("--drain-seconds", default=30.0, show_default=True, help="Time to finish at SIGTERM.")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Private key, PEM.")

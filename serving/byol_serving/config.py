@@ -39,8 +39,11 @@ class ServeConfig:
 
     bundle: Path | None = None
     """Encoder bundle to load; without one the server answers only for vectors made elsewhere."""
-    store: Path | None = None
-    """Folder of the collections; without one the server only embeds."""
+    store: Path | str | None = None
+    """Folder of the collections, or `milvus:` and an address (see `collections.opening`); without
+    one the server only embeds."""
+    backups: Path | None = None
+    """Folder of backups; without one Backup and Restore are refused."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every interface."""
     port: int = 50051
@@ -48,17 +51,18 @@ class ServeConfig:
     tls: TlsConfig | None = None
     """Plain text if absent."""
     device: str = "auto"
-    """Where the encoder runs: auto, cpu or cuda."""
+    """Where the encoder runs: auto, cpu, cuda or tensorrt."""
     threads: int = 0
     """ONNX Runtime threads for one inference; 0 lets the encoder choose."""
-    inference_workers: int = 1
-    """Batches that may be in the encoder at the same time."""
+    inference_workers: int = 0
+    """Batches that may be in the encoder at the same time; 0 lets the encoder choose."""
     decode_workers: int = field(default_factory=available_cpus)
     """Threads that decode images; one for each CPU by default."""
     collection_workers: int = 4
     """Threads that wait for the store's disk and index."""
-    max_batch: int = 64
-    """Images in one inference; a larger request is split."""
+    max_batch: int = 0
+    """Images in one inference; a larger request is split. 0: what a measurement at the start says
+    pays, 64 at most."""
     max_queued_images: int = 4096
     """Images accepted and not yet answered; over it callers are told to retry."""
     max_queued_bytes: int = 512 * 2**20
@@ -91,10 +95,10 @@ class ServeConfig:
         for name, low, high in (
             ("port", 0, 65535),
             ("threads", 0, 1024),
-            ("inference_workers", 1, 64),
+            ("inference_workers", 0, 64),
             ("decode_workers", 1, 1024),
             ("collection_workers", 1, 256),
-            ("max_batch", 1, 65536),
+            ("max_batch", 0, 65536),
             ("max_queued_images", 1, 10**9),
             ("max_queued_bytes", 2**20, 2**50),
             ("stream_window", 1, 1024),

@@ -55,6 +55,11 @@ class Images:
     fingerprint: str
     """sha256, in hex, over names and sizes in bytes: tells one data set from another."""
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the pixels are a memory-mapped file."""
+        return isinstance(self.pixels, np.memmap)
+
     def __len__(self) -> int:
         """How many images there are."""
         return len(self.names)

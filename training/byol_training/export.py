@@ -65,10 +65,10 @@ def export_bundle(
     training: Mapping[str, Any],
     data_fingerprint: str = "",
     scores: Mapping[str, float] | None = None,
-    whitening: Whitening | None = None,
     precision: Precision = "fp32",
     labelled: Labelled | None = None,
     features: Sequence[str] = (),
+    whitening: Whitening | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Exports, checks and writes a bundle.
@@ -85,11 +85,11 @@ def export_bundle(
         training: the run's configuration, kept in bundle.json.
         data_fingerprint: of the training images.
         scores: measures to keep in bundle.json.
-        whitening: of the encoder's outputs, becomes the graph's last layer before normalisation.
         precision: of the weights and activations: fp16 halves the file, int8 quarters it and is
             several times as fast on a CPU.
         labelled: measures the change of kNN accuracy too, where the precision is not fp32.
         features: stages of the encoder whose dense feature maps the bundle offers too.
+        whitening: of the encoder's outputs, becomes the graph's last layer before normalisation.
         overwrite: replace a bundle at `path`.
 
     Raises:
@@ -148,10 +148,10 @@ def export_run(
     name: str | None = None,
     size: int | None = None,
     crop_fraction: float = 1.0,
-    whiten_on: Path | None = None,
     precision: Precision = "fp32",
     measure_on: Path | None = None,
     features: Sequence[str] = (),
+    whiten_on: Path | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Exports the online encoder of a run directory; raises as `export_bundle` does.
@@ -162,16 +162,16 @@ def export_run(
         name: what to call it; the run's name by default.
         size: side of the input in pixels; the training views' by default.
         crop_fraction: part of the short side that the centre crop keeps when serving.
-        whiten_on: images, best those of the run, to fit a whitening of the embedding on.
         precision: see `export_bundle`.
         measure_on: a folder or tar with class sub-folders: measures what the precision costs in
             kNN accuracy.
         features: see `export_bundle`.
+        whiten_on: images, best those of the run, to fit a whitening of the embedding on.
         overwrite: replace a bundle at `path`.
 
     Raises:
-        InvalidSource: the run has no checkpoint, or a damaged one, or no samples; or `measure_on`
-            has no labels, or `whiten_on` too few images.
+        InvalidSource: the run has no checkpoint, or a damaged one, or no samples; `measure_on` has
+            no labels; or there are too few images to whiten on.
     """
     newest = find_checkpoint(run)
     encoder, config = load_encoder(newest)
@@ -197,10 +197,10 @@ def export_run(
         samples=np.stack([to_input(image, preprocess) for image in stored]),
         training=config.to_dict(),
         data_fingerprint=load_checkpoint(newest).fingerprint,
-        whitening=whitening,
         precision=precision,
         labelled=None if measure_on is None else load_labelled(measure_on, preprocess),
         features=features,
+        whitening=whitening,
         overwrite=overwrite,
     )
 

@@ -31,18 +31,18 @@ class ServedEncoder(nn.Module):
         self.shift: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pixels to embeddings: scaled and normalised in float32, whatever the encoder's dtype."""
+        """Pixels to embeddings, whitened and normalised in float32."""
         return F.normalize(self.whiten(self.encode(images)), dim=1)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Pixels to what the encoder gives, float32 [N, D], neither whitened nor normalised."""
-        rows: Tensor = self.encoder(self.planes(images)).to(torch.float32)
-        return rows
 
     def planes(self, images: Tensor) -> Tensor:
         """uint8 [N, S, S, 3] -> the encoder's input, normalised float [N, 3, S, S]."""
         planes = images.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift
-        return planes.to(next(self.encoder.parameters()).dtype)
+        return planes.to(next((p.dtype for p in self.encoder.parameters()), torch.float32))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pixels to what the encoder gives, float32 [N, D], neither whitened nor normalised."""
+        rows: Tensor = self.encoder(self.planes(images))
+        return rows.to(torch.float32)
 
     def embed(
         self, pixels: Pixels, *, batch_size: int = 512, normalised: bool = True

@@ -8,25 +8,29 @@ from pathlib import Path
 
 import numpy as np
 
-from byol_serving.collections import checks, database, loading, rows, snapshot
+from byol_serving.collections import checks, database, loading, paging, rows, snapshot
 from byol_serving.collections.database import Database
 from byol_serving.collections.disk import publish
 from byol_serving.collections.exact import Found, Positions
 from byol_serving.collections.filters import Filter
 from byol_serving.collections.index import Index, IndexOptions, View
 from byol_serving.collections.matching import Matching
+from byol_serving.collections.ranking import ranked
 from byol_serving.collections.sql import compile_filter
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
+    IndexKind,
     Item,
     Metadata,
+    Page,
     UpsertCounts,
     Vectors,
+    Verification,
 )
 from byol_serving.collections.upkeep import Upkeep
-from byol_serving.collections.verifying import Verification, compare
-from byol_serving.errors import ByolError, UnknownId
+from byol_serving.collections.verifying import compare
+from byol_serving.errors import ByolError, InvalidRequest, StoreCorrupt, UnknownId
 
 _ATTEMPTS = 3
 
@@ -48,11 +52,9 @@ class LocalCollection:
         self._database = Database(folder / database.FILE, read_only=read_only)
         try:
             with self._database.reading() as connection:
-                meta = rows.meta_of(connection)
-                self._uuid = str(meta["uuid"])
-                self.dim = int(meta["dim"])
-                self.encoder_id = str(meta["encoder_id"])
-                self._index = Index(self.dim, checks.index_kind(str(meta["index"])), options)
+                facts = _facts(rows.meta_of(connection), folder)
+                self._uuid, self.dim, self.encoder_id, kind = facts
+                self._index = Index(self.dim, kind, options)
                 covered = loading.fill(
                     self._index, connection, folder, self._uuid, repair=not read_only
                 )
@@ -78,6 +80,8 @@ class LocalCollection:
             encoder_id=self.encoder_id,
             count=view.count,
             index=view.approximate.kind if view.approximate else "flat",
+            version=view.seq,
+            recall=None if view.approximate else 1.0,
         )
 
     def verify(self) -> Verification:
@@ -160,12 +164,34 @@ class LocalCollection:
                 if each not in found:
                     raise self._unknown(each)
             wanted = [row for row, _ in found.values()] if with_vectors else []
-            vectors = rows.vectors_by_row(connection, wanted)
+            vectors = rows.vectors_by_row(connection, wanted, self.dim)
         return [
             Item(id=each, metadata=json.loads(text), vector=vectors.get(row))
             for each in ids
             for row, text in (found[each],)
         ]
+
+    def page(
+        self,
+        after: str,
+        limit: int,
+        *,
+        condition: Filter | None = None,
+        with_metadata: bool = True,
+        with_vectors: bool = False,
+    ) -> Page:
+        """Up to `limit` items after a page's `after`. See `types.Collection`."""
+        self._view()
+        with self._database.reading() as connection:
+            return paging.page(
+                connection,
+                self.dim,
+                paging.row_of(after),
+                limit,
+                condition,
+                with_metadata=with_metadata,
+                with_vectors=with_vectors,
+            )
 
     def search(
         self,
@@ -245,10 +271,12 @@ class LocalCollection:
         view = self._view()
         if condition is None:
             checks.k_of(k, view.count)
-            return view, self._index.search(view, unit, k)
+            return view, ranked(lambda n: self._index.search(view, unit, n), k, view.count)
         view, chosen = self._matching.positions(condition)
         checks.k_of(k, view.count)
-        return view, self._index.search_among(view, unit, k, chosen)
+        return view, ranked(
+            lambda n: self._index.search_among(view, unit, n, chosen), k, view.count
+        )
 
     def _hits(
         self,
@@ -275,6 +303,18 @@ class LocalCollection:
             _row_hits(view, s[m], p[m], texts if with_metadata else None, with_vectors)
             for s, p, m in zip(scores, positions, kept, strict=True)
         ]
+
+
+def _facts(meta: dict[str, str | int], folder: Path) -> tuple[str, int, str, IndexKind]:
+    """Uuid, dimension, encoder and index kind. Raises StoreCorrupt."""
+    try:
+        kind = checks.index_kind(str(meta["index"]))
+        dim = checks.dimension(int(meta["dim"]))
+        return str(meta["uuid"]), dim, str(meta["encoder_id"]), kind
+    except (KeyError, TypeError, ValueError, InvalidRequest) as error:
+        raise StoreCorrupt(
+            f"the facts of {folder} are damaged ({error}): restore it from a backup"
+        ) from error
 
 
 def _row_hits(
