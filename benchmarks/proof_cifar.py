@@ -30,12 +30,13 @@ import harness
 from byol_serving.images import Pixels, Preprocess
 from byol_training import evaluate
 from byol_training.byol import Byol
-from byol_training.config import AugmentConfig, OptimizerConfig, TrainConfig, ViewConfig
+from byol_training.config import AugmentConfig, TrainConfig
 from byol_training.curves import ticks
 from byol_training.data import Images, list_images, load_images
 from byol_training.evaluate import Embed, Subject, pixel_embeddings, untrained
 from byol_training.neighbours import Embeddings, neighbour_stability
 from byol_training.pretrain import pretrain
+from byol_training.recipes import load_recipe
 from byol_training.served import ServedEncoder
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
@@ -102,18 +103,10 @@ def cpu_config(epochs: int) -> TrainConfig:
 
 
 def gpu_config() -> TrainConfig:
-    """solo-learn's CIFAR-10 settings (scripts/pretrain/cifar/byol.yaml) for 200 epochs."""
-    view = ViewConfig(saturation=0.2, blur_p=0.0)
-    return TrainConfig(
-        encoder="resnet18",
-        stem="small",
-        image_size=SIZE,
-        batch_size=256,
-        epochs=200,
-        optimizer=OptimizerConfig(lr=1.0, trust_coefficient=0.02, weight_decay=1e-5),
-        augment=AugmentConfig(first=view, second=replace(view, solarise_p=0.2)),
-        device="cuda",
-    )
+    """The recipe `cifar` (solo-learn's settings) for 200 epochs, normalised as lightly's views."""
+    config, plain = load_recipe("cifar").config, AugmentConfig()
+    augment = replace(config.augment, mean=plain.mean, std=plain.std)
+    return replace(config, epochs=200, device="cuda", augment=augment)
 
 
 def load(source: Path, count: int) -> Images:

@@ -56,7 +56,7 @@ def pretrain(
             resumed ends with the very weights of one that was not (on a CPU bit for bit, except
             under `max_seconds`, whose plan follows the clock).
         on_step: called in the leading process at every reading of the loss (`config.log_every`).
-        on_epoch: called with the model and the steps done after every pass over the images, and at
+        on_epoch: likewise, with the model and the steps done after every pass over the images and at
             the end; it must leave weights, modes and torch's global generators as they are.
 
     Returns:
@@ -103,7 +103,7 @@ def pretrain(
         step += 1
         meter.add(loss)
         if on_epoch is not None and (step % feed.steps_per_epoch == 0 or step >= meter.steps):
-            stopped = world.decide(_stops(on_epoch, model, step))
+            stopped = world.decide(world.leads and _stops(on_epoch, model, step))
         due = step % save_every == 0
         if due or meter.is_due(step):
             progress = _read(meter, step, projections, feed, config, run)
