@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from proof_picture import Curve, draw
 from scipy.stats import spearmanr
 
 import harness
@@ -31,19 +32,21 @@ from byol_serving.images import Pixels, Preprocess
 from byol_training import evaluate
 from byol_training.byol import Byol
 from byol_training.config import AugmentConfig, TrainConfig
-from byol_training.curves import ticks
-from byol_training.data import Images, list_images, load_images
+from byol_training.data import Images, common_labels, list_images, load_images
 from byol_training.evaluate import Embed, Subject, pixel_embeddings, untrained
-from byol_training.neighbours import Embeddings, neighbour_stability
+from byol_training.neighbours import Embeddings, knn_accuracy, neighbour_stability
 from byol_training.pretrain import pretrain
 from byol_training.recipes import load_recipe
 from byol_training.served import ServedEncoder
+from byol_training.whitening import fit_whitening
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 SIZE = 32
 RUNS = ("ours", "lightly")
 COLOURS = {"ours": "#1f6fc4", "lightly": "#c2410c"}
 LABEL_FREE = ("view_retrieval", "rankme", "alignment", "uniformity", "spread", "stability")
+IMAGENET = AugmentConfig()
+"""Its mean and std are what the encoders of both runs are given."""
 Results = dict[str, Any]
 
 
@@ -68,7 +71,7 @@ def main() -> None:
     if plan.train:
         train(plan, bank)
     results = score(plan, bank, load(CIFAR / "test.tar", plan.queries))
-    (plan.out / "curves.svg").write_text(draw(results))
+    (plan.out / "curves.svg").write_text(picture(results))
     print(summary(results))
 
 
@@ -104,8 +107,8 @@ def cpu_config(epochs: int) -> TrainConfig:
 
 def gpu_config() -> TrainConfig:
     """The recipe `cifar` (solo-learn's settings) for 200 epochs, normalised as lightly's views."""
-    config, plain = load_recipe("cifar").config, AugmentConfig()
-    augment = replace(config.augment, mean=plain.mean, std=plain.std)
+    config = load_recipe("cifar").config
+    augment = replace(config.augment, mean=IMAGENET.mean, std=IMAGENET.std)
     return replace(config, epochs=200, device="cuda", augment=augment)
 
 
@@ -202,6 +205,7 @@ def score(plan: Plan, bank: Images, queries: Images) -> Results:
         after = load_into(network, path, queries)
         last = step == results["facts"]["steps"]
         point = {"step": step, **measure(network.embed, probes=last)}
+        point["whitened_knn_accuracy"] = whitened_accuracy(network, bank, queries)
         if run in before:
             point["stability"] = neighbour_stability(before[run], after)
         before[run] = after
@@ -211,6 +215,16 @@ def score(plan: Plan, bank: Images, queries: Images) -> Results:
     results["spearman"] = correlations(results)
     file.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def whitened_accuracy(network: ServedEncoder, bank: Images, queries: Images) -> float:
+    """Accuracy by kNN as `byol export --whiten` would serve the network, fitted on the bank."""
+    labels = common_labels(bank, queries)
+    assert labels is not None
+    rows = network.embed(bank.pixels, normalised=False)
+    white = ServedEncoder(network.encoder, IMAGENET.mean, IMAGENET.std, fit_whitening(rows))
+    white.to(network.scale.device)
+    return knn_accuracy(white.embed(bank.pixels), labels[0], white.embed(queries.pixels), labels[1])
 
 
 def standardised(bank: Images) -> Embed:
@@ -293,54 +307,21 @@ def summary(results: Results) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Results) -> str:
-    """Both curves and the baselines as one SVG, readable on white and on black."""
-    curves = {run: [results["untrained"], *results[run]] for run in RUNS if run in results}
-    values = [point["knn_accuracy"] for curve in curves.values() for point in curve]
-    base = {
-        "pixels": results["pixels"]["knn_accuracy"],
-        "standardised": results["standardised"]["knn_accuracy"],
+def picture(results: Results) -> str:
+    """Both curves, as they are and whitened, over the baselines."""
+    curves = {}
+    for run in (run for run in RUNS if run in results):
+        points = results[run]
+        plain = [(p["step"], p["knn_accuracy"]) for p in [results["untrained"], *points]]
+        white = [(p["step"], p["whitened_knn_accuracy"]) for p in points]
+        curves[run] = Curve(points=plain, colour=COLOURS[run])
+        curves[f"{run}, whitened"] = Curve(points=white, colour=COLOURS[run], dashed=True)
+    levels = {
+        "pixels, per image": results["pixels"]["knn_accuracy"],
+        "pixels, standardised": results["standardised"]["knn_accuracy"],
     }
-    x_ticks = ticks(0, results["facts"]["steps"], 5)
-    y_ticks = ticks(min(*values, *base.values()), max(*values, *base.values()), 5, padded=True)
-
-    def place(step: float, accuracy: float) -> str:
-        x = 60 + step / x_ticks[-1] * 560
-        return f"{x:.1f} {370 - (accuracy - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * 320:.1f}"
-
-    parts = [
-        f'<path d="M{place(0, tick)}H620" stroke="#ddd"/>'
-        f'<text x="52" y="{float(place(0, tick).split()[1]) + 4:.1f}" text-anchor="end">'
-        f"{100 * tick:.0f}%</text>"
-        for tick in y_ticks
-    ]
-    parts += [
-        f'<text x="{place(tick, 0).split()[0]}" y="390" text-anchor="middle">{tick:,.0f}</text>'
-        for tick in x_ticks
-    ]
-    for name, accuracy in base.items():
-        height = float(place(0, accuracy).split()[1])
-        parts.append(
-            f'<path d="M{place(0, accuracy)}H620" stroke="#666" stroke-dasharray="5 4"/>'
-            f'<text x="626" y="{height + 4:.1f}">{name} {100 * accuracy:.1f}%</text>'
-        )
-    for run, curve in curves.items():
-        points = [place(point["step"], point["knn_accuracy"]) for point in curve]
-        x, y = map(float, points[-1].split())
-        end = f"{run} {100 * curve[-1]['knn_accuracy']:.1f}%"
-        line = f'fill="none" stroke="{COLOURS[run]}" stroke-width="2.5"'
-        parts.append(
-            f'<path d="M{"L".join(points)}" {line}/>'
-            f'<circle cx="{x}" cy="{y}" r="4" fill="{COLOURS[run]}"/>'
-            f'<text x="{x + 8}" y="{y + 4}" fill="{COLOURS[run]}" font-weight="600">{end}</text>'
-        )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 420" font-size="13"'
-        ' font-family="sans-serif" fill="#222"><rect width="780" height="420" fill="#fff"/>'
-        '<text x="60" y="24" font-size="15" font-weight="600">kNN accuracy on CIFAR-10 test images'
-        f" by training step</text>{''.join(parts)}"
-        '<text x="340" y="410" text-anchor="middle">optimiser steps</text></svg>\n'
-    )
+    title = "kNN accuracy on CIFAR-10 test images while training"
+    return draw(title, results["facts"]["steps"], curves, levels)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def pretrain(
             resumed ends with the very weights of one that was not (on a CPU bit for bit, except
             under `max_seconds`, whose plan follows the clock).
         on_step: called in the leading process at every reading of the loss (`config.log_every`).
-        on_epoch: likewise, with the model and the steps done after every pass over the images and at
-            the end; it must leave weights, modes and torch's global generators as they are.
+        on_epoch: likewise, with the model and the steps done, after every pass over the images and
+            at the end; it must leave weights, modes and torch's global generators as they are.
 
     Returns:
         The model, in train mode, on the device it was trained on.
