@@ -178,15 +178,11 @@ def snapshots(plan: Plan, run: str) -> Callable[[int], Path]:
 def score(plan: Plan, bank: Images, queries: Images) -> Results:
     """Scores every kept encoder that is not scored yet; results.json is written after each."""
     file = plan.out / "results.json"
+    results: Results = json.loads(file.read_text()) if file.exists() else {"facts": facts(plan)}
     network = untrained(plan.config).to(plan.config.device)
     subject = Subject(
         preprocess=Preprocess(size=SIZE), embed=network.embed, augment=plan.config.augment
     )
-
-    def measure(embed: Embed, *, probes: bool = False) -> dict[str, float]:
-        return evaluate.score(embed, subject, bank, queries, probes=probes)
-
-    results: Results = json.loads(file.read_text()) if file.exists() else {"facts": facts(plan)}
     baselines: dict[str, Embed] = {
         "untrained": network.embed,
         "pixels": pixel_embeddings,
@@ -194,7 +190,8 @@ def score(plan: Plan, bank: Images, queries: Images) -> Results:
     }
     for name, embed in baselines.items():
         if name not in results:
-            results[name] = {"step": 0, **measure(embed)}
+            scores = evaluate.score(embed, subject, bank, queries, probes=False)
+            results[name] = {"step": 0, **scores}
     before: dict[str, Embeddings] = {}
     for path in kept(plan):
         run, step = path.parent.name, int(path.stem)
@@ -205,7 +202,7 @@ def score(plan: Plan, bank: Images, queries: Images) -> Results:
             before[run] = load_into(network, path.with_stem(f"{scored[-1]['step']:06d}"), queries)
         after = load_into(network, path, queries)
         last = step == results["facts"]["steps"]
-        point = {"step": step, **measure(network.embed, probes=last)}
+        point = {"step": step, **evaluate.score(network.embed, subject, bank, queries, probes=last)}
         if step % (WHITEN_EVERY * (plan.images // plan.config.batch_size)) == 0:
             point["whitened_knn_accuracy"] = whitened_accuracy(network, bank, queries)
         if run in before:
