@@ -59,7 +59,9 @@ def list_(server: str, store: Path | None, as_json: bool) -> None:
 @click.option("--encoder-id", default="", help="Default: the loaded encoder's.")
 @click.option(
     "--index",
-    type=click.Choice(["flat", "hnsw", "ivf", "auto"]),
+    type=click.Choice(
+        ["flat", "hnsw", "hnsw-sq8", "ivf", "ivf-fp16", "ivf-sq8", "ivf-pq", "ivf-rabitq", "auto"]
+    ),
     default="flat",
     show_default=True,
     help="Flat is exact; auto chooses by size.",

@@ -38,7 +38,7 @@ def page(
     with_metadata: bool,
     with_vectors: bool,
 ) -> Page:
-    """Up to `limit` items (vectors float32 [dim]) above a row, as `types.Collection.page` gives them."""
+    """Up to `limit` items above a row, vectors float32 [dim]; see `types.Collection.page`."""
     limit_of(limit)
     where = compile_filter(condition or All(()))
     statement = f"SELECT row, id FROM items WHERE row > ? AND {where.sql} ORDER BY row LIMIT ?"
