@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+
+from byol_serving.collections.types import IndexKind
 
 BYOL = [sys.executable, "-m", "byol_cli.main"]
 COMMANDS = [
@@ -80,6 +82,12 @@ def test_an_error_is_one_line_and_json_if_asked_for(tmp_path: Path) -> None:
     assert run.stderr.count("\n") == 1
     assert "nowhere does not exist; give a folder or a tar" in run.stderr
     assert json.loads(run.stdout)["error"] == "InvalidSource"
+
+
+def test_the_index_kinds_offered_are_those_there_are() -> None:
+    from byol_cli.index_kinds import INDEX_KINDS
+
+    assert get_args(IndexKind) == INDEX_KINDS
 
 
 def test_wrong_usage_has_its_own_exit_code() -> None:

@@ -82,7 +82,7 @@ class LocalCollection:
             count=view.count,
             index=view.approximate.kind if view.approximate else "flat",
             version=view.seq,
-            recall=None if view.approximate else 1.0,
+            recall=view.approximate.tuning.recall if view.approximate else 1.0,
         )
 
     def stats(self) -> IndexStats:
