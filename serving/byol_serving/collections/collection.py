@@ -17,11 +17,12 @@ from byol_serving.collections.index import Index, IndexOptions, View
 from byol_serving.collections.matching import Matching
 from byol_serving.collections.ranking import ranked
 from byol_serving.collections.sql import compile_filter
-from byol_serving.collections.stats import IndexStats, stats_of
+from byol_serving.collections.stats import stats_of
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
     IndexKind,
+    IndexStats,
     Item,
     Metadata,
     Page,
@@ -209,11 +210,7 @@ class LocalCollection:
         with_vectors: bool = False,
         effort: int | None = None,
     ) -> list[list[Hit]]:
-        """The k nearest of each query (float32 [Q, dim]), best first. See `types.Collection`.
-
-        `effort` replaces, for this call, what the index was tuned to: lists that are read (IVF) or
-        the width of the walk (HNSW). An exact index needs none.
-        """
+        """The k nearest of each query (float32 [Q, dim]), best first. See `types.Collection`."""
         unit = checks.unit_vectors(queries, self.dim)
         checks.effort(effort)
         for _ in range(_ATTEMPTS):
