@@ -282,3 +282,17 @@ def test_tls_files_that_do_not_fit_are_refused_at_once(bundle_path: Path, tmp_pa
 
     with pytest.raises(InvalidConfig, match="cannot be used"):
         asyncio.run(start())
+
+
+async def test_clients_take_tls_from_the_environment(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    mine, my_key = authority.issue("client")
+    tls = TlsConfig(cert=cert, key=key, client_ca=authority.ca)
+    async with serving(ServeConfig(bundle=bundle_path, port=0, tls=tls)) as running:
+        for name, path in (("CA", authority.ca), ("CERT", mine), ("KEY", my_key)):
+            monkeypatch.setenv(f"BYOL_TLS_{name}", str(path))
+        async with AsyncClient(running.address, timeout=20) as client:
+            np.testing.assert_allclose(await client.embed(PIXELS), reference(PIXELS), atol=1e-5)
