@@ -17,7 +17,7 @@ PACKAGES = {
 OWNERS = {
     "grpc": (
         "byol_serving.rpc.*",
-        "byol_serving.server",
+        "byol_serving.server*",
         "byol_serving.client*",
         "byol_serving.indexing.remote",
         "byol_serving.pb.*",
