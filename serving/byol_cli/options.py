@@ -22,8 +22,6 @@ where_option = click.option(
     callback=lambda _ctx, _param, text: parsed(text),
     help='Filter on metadata as JSON, like \'{"label": "cat"}\'.',
 )
-
-
 collection_option = click.option("--collection", "-c", required=True, help="Collection to use.")
 
 LONG_S = 24 * 3600.0
