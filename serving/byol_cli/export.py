@@ -26,6 +26,7 @@ from byol_cli.output import emit, json_option
     type=click.Path(path_type=Path, exists=True),
     help="Labelled images: what the precision costs in kNN accuracy.",
 )
+@click.option("--features", help="Stages whose dense maps to offer too, like layer3,layer4.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at --out.")
 @json_option
 def command(
@@ -36,6 +37,7 @@ def command(
     crop_fraction: float,
     precision: Literal["fp32", "fp16", "int8"],
     measure_on: Path | None,
+    features: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -55,6 +57,7 @@ def command(
         crop_fraction=crop_fraction,
         precision=precision,
         measure_on=measure_on,
+        features=features.split(",") if features else (),
         overwrite=overwrite,
     )
     emit(
@@ -63,6 +66,7 @@ def command(
             "encoder_id": bundle.info.encoder_id,
             "dim": bundle.info.dim,
             "precision": bundle.info.precision,
+            "features": [each.name for each in bundle.info.features],
             "input_size": bundle.info.preprocess.size,
             **bundle.info.scores,
             "next": f"byol serve --bundle {out} --store store",

@@ -27,8 +27,16 @@ from byol_serving import client_batches
 from byol_serving import client_calls as calls
 from byol_serving.client_async import AsyncClient
 from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
-from byol_serving.client_calls import Call, EncoderInfo, Retry, SearchOptions
+from byol_serving.client_calls import (
+    Call,
+    EncoderInfo,
+    FeatureMaps,
+    Retry,
+    SearchOptions,
+    Target,
+)
 from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
+from byol_serving.client_trace import traced
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
@@ -46,6 +54,7 @@ __all__ = [
     "ClientTls",
     "CollectionInfo",
     "EncoderInfo",
+    "FeatureMaps",
     "Hit",
     "ImageLike",
     "Item",
@@ -113,12 +122,17 @@ class Client:
 
     # --- images to vectors ----------------------------------------------------------------------
 
-    def encoder(self) -> EncoderInfo:
-        """The encoder that the server has loaded."""
-        return self._send(calls.encoder())
+    def encoder(self, *, model: str = "", version: str = "") -> EncoderInfo:
+        """An encoder that the server has loaded: by default the one that `embed` uses."""
+        return self._send(calls.encoder(Target(model, version)))
 
     def embed(
-        self, images: Iterable[ImageLike] | NDArray[np.uint8], *, dtype: DTypeName = "float32"
+        self,
+        images: Iterable[ImageLike] | NDArray[np.uint8],
+        *,
+        dtype: DTypeName = "float32",
+        model: str = "",
+        version: str = "",
     ) -> Embeddings:
         """Embeds images.
 
@@ -126,6 +140,8 @@ class Client:
             images: files, paths, Pillow images or pixels, any number of them; or one array uint8
                 [N, S, S, 3] of the encoder's input size, which is sent as it is.
             dtype: of the answer; float16 and int8 (127 times the value) are smaller.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
 
         Returns:
             [N, D] of that dtype, L2-normalised; [0, 0] for no images.
@@ -133,18 +149,28 @@ class Client:
         Raises:
             InvalidImage: names the position of the bad image.
         """
+        target = Target(model, version)
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, dtype)), chunks)
+            parts = self._spread(
+                lambda each: self._send(calls.embed_pixels(each, dtype, target)), chunks
+            )
         else:
             parts = self._spread(
-                lambda part: self._send(calls.embed(part.images, dtype), offset=part.offset),
+                lambda part: self._send(
+                    calls.embed(part.images, dtype, target), offset=part.offset
+                ),
                 client_batches.batches(images, max_images=self._batch_size),
             )
         return client_batches.joined(list(parts), dtype)
 
     def embed_stream(
-        self, images: Iterable[ImageLike], *, dtype: DTypeName = "float32"
+        self,
+        images: Iterable[ImageLike],
+        *,
+        dtype: DTypeName = "float32",
+        model: str = "",
+        version: str = "",
     ) -> Iterator[Embeddings]:
         """Embeds any number of images over one call: yields [n, D] a batch, in order.
 
@@ -152,7 +178,9 @@ class Client:
         memory. The default timeout does not apply, and nothing is tried again.
         """
         batches = client_batches.batches(images, max_images=self._batch_size)
-        requests = (calls.embed_request(part.images, dtype) for part in batches)
+        requests = (
+            calls.embed_request(part.images, dtype, Target(model, version)) for part in batches
+        )
         stream = self._channel.stream_stream(
             calls.EMBED_STREAM,
             request_serializer=pb.EmbedRequest.SerializeToString,
@@ -169,6 +197,30 @@ class Client:
             raise calls.moved(byol_error(failure), done) from failure
         finally:
             answers.cancel()
+
+    def extract_features(
+        self,
+        images: Sequence[ImageLike] | NDArray[np.uint8],
+        stages: Sequence[str],
+        *,
+        dtype: DTypeName = "float32",
+        with_embeddings: bool = False,
+        model: str = "",
+        version: str = "",
+    ) -> FeatureMaps:
+        """Dense feature maps of named stages, for segmentation and detection heads.
+
+        Args:
+            images: as in `embed`; sent in one request, because maps are large.
+            stages: names out of `encoder().stages`.
+            dtype: of the answer: float32 or float16.
+            with_embeddings: also the embeddings, which the same run of the encoder gives.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
+        """
+        sent = client_batches.one_request(images)
+        target = Target(model, version)
+        return self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
 
     # --- collections ----------------------------------------------------------------------------
 
@@ -297,12 +349,16 @@ class Client:
 
     def _send(self, call: Call[Out], *, offset: int = 0) -> Out:
         """Sends a call, again where that is safe and promises something."""
+        with traced(call.method) as metadata:
+            return self._try(call, offset, metadata)
+
+    def _try(self, call: Call[Out], offset: int, metadata: Sequence[tuple[str, str]]) -> Out:
         send = self._method(call)
         deadline = time.monotonic() + self._timeout
         for tried in itertools.count(1):
             try:
                 left = max(0.0, deadline - time.monotonic())
-                return call.parse(send(call.request, timeout=left))
+                return call.parse(send(call.request, timeout=left, metadata=metadata))
             except grpc.RpcError as failure:
                 error = byol_error(failure)
                 pause = self._retry.pause(error, call, tried, deadline - time.monotonic())

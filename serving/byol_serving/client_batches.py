@@ -87,6 +87,15 @@ def chunked(pixels: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]]
     return (pixels[at : at + size] for at in range(0, len(pixels), size))
 
 
+def one_request(
+    images: Iterable[ImageLike] | NDArray[np.uint8],
+) -> list[bytes] | NDArray[np.uint8]:
+    """Images that are not split: their bytes, or pixels uint8 [N, S, S, 3] as they are."""
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        return images
+    return [data for part in batches(images, max_images=2**31) for data in part.images]
+
+
 def joined(parts: Sequence[Embeddings], dtype: DTypeName) -> Embeddings:
     """The rows of all parts."""
     return np.concatenate(parts) if parts else np.empty((0, 0), dtype)

@@ -67,6 +67,35 @@ class EncoderInfo:
     dim: int
     precision: str
     provider: str
+    model: str = ""
+    """The name that requests call it by."""
+    version: str = ""
+    stages: Sequence["Stage"] = ()
+    """What `extract_features` can be asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of an encoder and its feature map."""
+
+    name: str
+    channels: int
+    side: int
+    """Height and width of the map."""
+    stride: int
+    """Pixels of the encoder's input from one column, or row, to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMaps:
+    """Dense features of some images."""
+
+    stages: Mapping[str, Stage]
+    """In the order asked for."""
+    maps: Mapping[str, NDArray[Any]]
+    """[N, channels, side, side] of each stage, in the dtype that was asked for."""
+    embeddings: NDArray[Any] | None
+    """[N, D], if asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +137,23 @@ def moved(error: ByolError, offset: int) -> ByolError:
 # --- Embedder -----------------------------------------------------------------------------------
 
 
-def embed_request(images: Sequence[bytes], dtype: DTypeName) -> pb.EmbedRequest:
+@dataclass(frozen=True)
+class Target:
+    """Which model a call is for."""
+
+    model: str = ""
+    """Empty: the server's default."""
+    version: str = ""
+    """Empty: the version in use."""
+
+
+def embed_request(
+    images: Sequence[bytes], dtype: DTypeName, target: Target = Target()
+) -> pb.EmbedRequest:
     """A request with image files."""
-    return pb.EmbedRequest(images=images, dtype=_DTYPES[dtype])
+    return pb.EmbedRequest(
+        images=images, dtype=_DTYPES[dtype], model=target.model, version=target.version
+    )
 
 
 def embed_answer(response: pb.EmbedResponse) -> Embeddings:
@@ -118,19 +161,20 @@ def embed_answer(response: pb.EmbedResponse) -> Embeddings:
     return raw_array(response.embeddings)
 
 
-def embed(images: Sequence[bytes], dtype: DTypeName) -> Call[Embeddings]:
+def embed(images: Sequence[bytes], dtype: DTypeName, target: Target) -> Call[Embeddings]:
     """Embed image files."""
-    request = embed_request(images, dtype)
+    request = embed_request(images, dtype, target)
     return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
 
 
-def embed_pixels(pixels: NDArray[np.uint8], dtype: DTypeName) -> Call[Embeddings]:
+def embed_pixels(pixels: NDArray[np.uint8], dtype: DTypeName, target: Target) -> Call[Embeddings]:
     """Embed uint8 [N, S, S, 3]."""
-    request = pb.EmbedRequest(pixels=pixels_to_tensor(pixels), dtype=_DTYPES[dtype])
+    request = embed_request((), dtype, target)
+    request.pixels.CopyFrom(pixels_to_tensor(pixels))
     return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
 
 
-def encoder() -> Call[EncoderInfo]:
+def encoder(target: Target) -> Call[EncoderInfo]:
     """What is loaded."""
 
     def parse(answer: pb.Encoder) -> EncoderInfo:
@@ -141,9 +185,46 @@ def encoder() -> Call[EncoderInfo]:
             dim=answer.dim,
             precision=answer.precision,
             provider=answer.provider,
+            model=answer.model,
+            version=answer.version,
+            stages=tuple(map(_stage, answer.stages)),
         )
 
-    return Call(_EMBEDDER + "GetEncoder", pb.GetEncoderRequest(), pb.Encoder, parse)
+    request = pb.GetEncoderRequest(model=target.model, version=target.version)
+    return Call(_EMBEDDER + "GetEncoder", request, pb.Encoder, parse)
+
+
+def extract(
+    images: Sequence[bytes] | NDArray[np.uint8],
+    stages: Sequence[str],
+    dtype: DTypeName,
+    with_embeddings: bool,
+    target: Target,
+) -> Call[FeatureMaps]:
+    """Dense feature maps of image files, or of pixels uint8 [N, S, S, 3]."""
+    pixels = isinstance(images, np.ndarray)
+    request = pb.ExtractFeaturesRequest(
+        images=() if pixels else images,
+        pixels=pixels_to_tensor(images) if isinstance(images, np.ndarray) else None,
+        dtype=_DTYPES[dtype],
+        model=target.model,
+        version=target.version,
+        stages=stages,
+        with_embeddings=with_embeddings,
+    )
+
+    def parse(answer: pb.ExtractFeaturesResponse) -> FeatureMaps:
+        return FeatureMaps(
+            stages={each.stage.name: _stage(each.stage) for each in answer.maps},
+            maps={each.stage.name: raw_array(each.values) for each in answer.maps},
+            embeddings=raw_array(answer.embeddings) if answer.HasField("embeddings") else None,
+        )
+
+    return Call(_EMBEDDER + "ExtractFeatures", request, pb.ExtractFeaturesResponse, parse)
+
+
+def _stage(stage: pb.Stage) -> Stage:
+    return Stage(name=stage.name, channels=stage.channels, side=stage.side, stride=stage.stride)
 
 
 # --- Collections --------------------------------------------------------------------------------

@@ -72,6 +72,18 @@ class ServeConfig:
     """Size of one request or response; gRPC answers RESOURCE_EXHAUSTED over it."""
     drain_seconds: float = 30.0
     """After SIGTERM, how long accepted requests may take before they are cut off."""
+    metrics_port: int | None = None
+    """HTTP port of /metrics, /healthz and /readyz; None: none, 0 lets the system choose."""
+    log_format: str = "text"
+    """Of the lines on stderr: text or json."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+    log_calls: bool = False
+    """Also a line for each call."""
+    slow_seconds: float = 10.0
+    """Calls that took longer are logged with where their time went; 0: none."""
+    otel_endpoint: str = ""
+    """OTLP/HTTP endpoint that spans are sent to; empty: no tracing."""
 
     def __post_init__(self) -> None:
         """Checks every limit, naming the value, the limit and the remedy."""
@@ -89,9 +101,18 @@ class ServeConfig:
             ("stream_window", 1, 1024),
             ("max_message_bytes", 2**10, 2**31 - 1),
             ("drain_seconds", 0, 86400),
+            ("metrics_port", 0, 65535),
+            ("slow_seconds", 0, 86400),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise InvalidConfig(f"{name} {value} is outside {low}..{high}")
+        for name, choices in (
+            ("device", ("auto", "cpu", "cuda")),
+            ("log_format", ("text", "json")),
+            ("log_level", ("debug", "info", "warning", "error")),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise InvalidConfig(f"{name} {value!r} is none of {', '.join(choices)}")
         if not self.host:
             raise InvalidConfig("host is empty; give an address such as 127.0.0.1 or 0.0.0.0")

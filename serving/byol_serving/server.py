@@ -13,10 +13,10 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import grpc
+import numpy as np
 import uvloop
 from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -25,33 +25,46 @@ from grpc_reflection.v1alpha import reflection
 from byol_serving.bundle import load_bundle
 from byol_serving.collections.store import Store
 from byol_serving.config import ServeConfig, TlsConfig
-from byol_serving.encoder import Device, Encoder
+from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidConfig
 from byol_serving.pb.byol.v1 import byol_pb2, byol_pb2_grpc
+from byol_serving.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from byol_serving.rpc.calls import Calls
 from byol_serving.rpc.collections import CollectionsService
-from byol_serving.rpc.embedder import EmbedderService, LoadedEncoder
+from byol_serving.rpc.embedder import EmbedderService
+from byol_serving.rpc.features import Features
+from byol_serving.rpc.inference import InferenceService
+from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Pipeline
 from byol_serving.rpc.pools import BlockingCalls
+from byol_serving.watching import Watching
 
 log = logging.getLogger("byol.server")
 
-_MOST_IN_A_BATCH = 64
-"""Where the configuration leaves it to measurement: larger ones make others wait too long."""
-
 SERVICES: Sequence[str] = tuple(
-    service.full_name for service in byol_pb2.DESCRIPTOR.services_by_name.values()
+    service.full_name
+    for file in (byol_pb2.DESCRIPTOR, grpc_service_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
 )
 
 
 class Running:
     """A server that answers."""
 
-    def __init__(self, server: grpc.aio.Server, calls: Calls, health: Any, address: str) -> None:
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        calls: Calls,
+        health: Any,
+        address: str,
+        metrics_port: int | None,
+    ) -> None:
         """Made by `serving`."""
         self._server, self._calls, self._health = server, calls, health
         self.address = address
         """host:port, with the port that was chosen where 0 was asked for."""
+        self.metrics_port = metrics_port
+        """Likewise; None where metrics were not asked for."""
 
     async def drain(self, seconds: float) -> bool:
         """Says NOT_SERVING, refuses new calls, and waits for the accepted ones.
@@ -85,15 +98,19 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
         StoreLocked, StoreCorrupt, StoreError: the store cannot be opened.
     """
     async with AsyncExitStack() as stack:
-        encoder = None if config.bundle is None else await asyncio.to_thread(_load, config)
-        if encoder is not None:
-            stack.push_async_callback(encoder.pipeline.close)
+        models = Models()
+        stack.push_async_callback(models.close)
+        watching = stack.enter_context(Watching(config, models))
+        if config.bundle is not None:
+            model = await asyncio.to_thread(_load, config, watching)
+            models.add(model)
+            models.default = model.name
         store = None if config.store is None else await asyncio.to_thread(Store, config.store)
         if store is not None:
             stack.push_async_callback(asyncio.to_thread, store.close)
         blocking = BlockingCalls(config.collection_workers)
         stack.push_async_callback(asyncio.to_thread, blocking.close)
-        running = await _start(config, encoder, store, blocking)
+        running = await _start(config, models, store, blocking, watching)
         try:
             yield running
         finally:
@@ -138,16 +155,12 @@ async def _serve_until_signal(config: ServeConfig, on_ready: Callable[[str], Non
         return 0 if await running.drain(config.drain_seconds) else 1
 
 
-def _load(config: ServeConfig) -> LoadedEncoder:
+def _load(config: ServeConfig, watching: Watching) -> Model:
     """Loads the encoder, holds it against its golden pairs, and runs every step once."""
     assert config.bundle is not None
     bundle = load_bundle(config.bundle)
-    encoder = Encoder(
-        bundle,
-        device=cast(Device, config.device),
-        threads=config.threads,
-        workers=config.inference_workers,
-    )
+    device = cast(Literal["auto", "cpu", "cuda"], config.device)
+    encoder = Encoder(bundle, device=device, threads=config.threads)
     worst = encoder.check_golden()
     log.info(
         "encoder=%s id=%s provider=%s golden_cosine_distance=%.1e",
@@ -156,21 +169,32 @@ def _load(config: ServeConfig) -> LoadedEncoder:
         encoder.provider,
         worst,
     )
-    curve = encoder.warm_up(config.max_batch or _MOST_IN_A_BATCH)
-    max_batch = config.max_batch or curve.best
-    log.info("workers=%d max_batch=%d", encoder.workers, max_batch)
-    config = replace(config, inference_workers=encoder.workers, max_batch=max_batch)
-    pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config)
-    return LoadedEncoder(bundle.info, encoder.provider, pipeline)
+    size = bundle.info.preprocess.size
+    # The first run of a batch size allocates: better now than for the first callers.
+    for batch in (1, config.max_batch):
+        encoder.embed(np.zeros((batch, size, size, 3), np.uint8))
+    watch = watching.batches(bundle.info.name)
+    pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config, watch=watch)
+    features = Features(encoder.extract, pipeline, bundle.info, config, watch=watch)
+    return Model(
+        name=bundle.info.name,
+        version=bundle.info.encoder_id[:12],
+        info=bundle.info,
+        provider=encoder.provider,
+        pipeline=pipeline,
+        features=features,
+    )
 
 
 async def _start(
     config: ServeConfig,
-    encoder: LoadedEncoder | None,
+    models: Models,
     store: Store | None,
     blocking: BlockingCalls,
+    watching: Watching,
 ) -> Running:
-    calls = Calls()
+    calls = Calls(watching.calls)
+    watching.follow(calls)
     server = grpc.aio.server(
         interceptors=[calls],
         options=[
@@ -182,10 +206,13 @@ async def _start(
     )
     window = config.stream_window
     byol_pb2_grpc.add_EmbedderServicer_to_server(
-        EmbedderService(encoder, stream_window=window), server
+        EmbedderService(models, stream_window=window), server
     )
     byol_pb2_grpc.add_CollectionsServicer_to_server(
-        CollectionsService(store, encoder, blocking, stream_window=window), server
+        CollectionsService(store, models, blocking, stream_window=window), server
+    )
+    grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+        InferenceService(models), server
     )
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -195,7 +222,8 @@ async def _start(
     await server.start()
     for name in ("", *SERVICES):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Running(server, calls, health, f"{config.host}:{port}")
+    watching.listen(config)
+    return Running(server, calls, health, f"{config.host}:{port}", watching.port)
 
 
 def _listen(server: grpc.aio.Server, config: ServeConfig) -> int:

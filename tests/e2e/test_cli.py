@@ -121,10 +121,11 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     process.stdout.close()
 
 
-def test_index_and_search_through_a_server(server: str, photos: Path, bundle: Path) -> None:
-    indexed = answer(
-        "index", photos, "--bundle", bundle, "--server", server, "--collection", "tiles"
-    )
+def test_index_and_search_through_a_server(
+    server: str, photos: Path, bundle: Path, tmp_path: Path
+) -> None:
+    where = ("--server", server, "--collection", "tiles", "--journal", tmp_path / "journal")
+    indexed = answer("index", photos, "--bundle", bundle, *where)
     assert indexed["done"] == 304
     listed = answer("collections", "list", "--server", server)["collections"]
     assert [(each["name"], each["count"]) for each in listed] == [("tiles", 304)]

@@ -9,14 +9,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from byol_serving.bundle import Bundle, BundleInfo, write_bundle
+from byol_serving.bundle import Bundle, BundleInfo, FeatureMap, write_bundle
 from byol_serving.images import Pixels, Preprocess
 
 SIZE, BLOCK, DIM = 32, 8, 16
 
 
 def tiny_model(seed: int = 0) -> bytes:
-    """uint8 [N, 32, 32, 3] -> block means -> fixed random projection -> float32 [N, 16], L2 = 1."""
+    """uint8 [N, 32, 32, 3] -> block means -> fixed random projection -> float32 [N, 16], L2 = 1.
+
+    The block means [N, 3, 4, 4] and twice their value are its feature maps, `cells` and `doubled`.
+    """
     side = SIZE // BLOCK
     weights = _weights(seed)
     constants = [
@@ -32,6 +35,8 @@ def tiny_model(seed: int = 0) -> bytes:
         helper.make_node("Div", ["wide", "white"], ["scaled"]),
         helper.make_node("Reshape", ["scaled", "blocks"], ["grid"]),
         helper.make_node("ReduceMean", ["grid", "within"], ["means"], keepdims=0),
+        helper.make_node("Transpose", ["means"], ["cells"], perm=[0, 3, 1, 2]),
+        helper.make_node("Add", ["cells", "cells"], ["doubled"]),
         helper.make_node("Reshape", ["means", "flat"], ["rows"]),
         helper.make_node("MatMul", ["rows", "weights"], ["projected"]),
         helper.make_node("ReduceL2", ["projected", "last"], ["norms"], keepdims=1),
@@ -41,7 +46,11 @@ def tiny_model(seed: int = 0) -> bytes:
         nodes,
         "tiny",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", SIZE, SIZE, 3])],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", DIM])],
+        [
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", DIM]),
+            helper.make_tensor_value_info("cells", TensorProto.FLOAT, ["N", 3, side, side]),
+            helper.make_tensor_value_info("doubled", TensorProto.FLOAT, ["N", 3, side, side]),
+        ],
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
@@ -58,10 +67,26 @@ def reference(pixels: Pixels, seed: int = 0) -> NDArray[np.float32]:
     return rows
 
 
+def reference_cells(pixels: Pixels) -> NDArray[np.float32]:
+    """The feature map `cells`, float32 [N, 3, 4, 4]."""
+    side = SIZE // BLOCK
+    grid = (pixels.astype(np.float32) / 255).reshape(-1, side, BLOCK, side, BLOCK, 3)
+    cells: NDArray[np.float32] = grid.mean(axis=(2, 4)).transpose(0, 3, 1, 2)
+    return cells
+
+
 def make_bundle(path: Path, seed: int = 0) -> Bundle:
     """A bundle of `tiny_model`, with golden pairs from `reference`."""
     info = BundleInfo(
-        name="tiny", encoder_id="", preprocess=Preprocess(size=SIZE), dim=DIM, opset=18
+        name="tiny",
+        encoder_id="",
+        preprocess=Preprocess(size=SIZE),
+        dim=DIM,
+        opset=18,
+        features=tuple(
+            FeatureMap(name=name, channels=3, side=SIZE // BLOCK, stride=BLOCK)
+            for name in ("cells", "doubled")
+        ),
     )
     golden = random_pixels(4, seed=7)
     return write_bundle(path, tiny_model(seed), info, golden, reference(golden, seed))

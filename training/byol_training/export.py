@@ -15,9 +15,10 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,10 +39,11 @@ from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidBundle, InvalidSource
 from byol_serving.images import Pixels, Preprocess, to_input
 from byol_training.checkpoint import find_checkpoint, load_checkpoint, load_encoder
+from byol_training.feature_export import feature_facts, features_parity
 from byol_training.precision_cost import Labelled, load_labelled, precision_cost
 from byol_training.pretrain import SAMPLES_FILE
 from byol_training.quantize import quantize
-from byol_training.served import ServedEncoder
+from byol_training.served import ServedEncoder, ServedFeatures
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -63,6 +65,7 @@ def export_bundle(
     scores: Mapping[str, float] | None = None,
     precision: Precision = "fp32",
     labelled: Labelled | None = None,
+    features: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Bundle:
     """Exports, checks and writes a bundle.
@@ -82,17 +85,20 @@ def export_bundle(
         precision: of the weights and activations: fp16 halves the file, int8 quarters it and is
             several times as fast on a CPU.
         labelled: measures the change of kNN accuracy too, where the precision is not fp32.
+        features: stages of the encoder whose dense feature maps the bundle offers too.
         overwrite: replace a bundle at `path`.
 
     Raises:
         InvalidBundle: ONNX Runtime and PyTorch differ by more than the precision's
             `GOLDEN_TOLERANCE`.
+        InvalidConfig: the encoder has no such stage.
         AlreadyExists: `path` exists and `overwrite` is off.
     """
     served = ServedEncoder(encoder.cpu().to(memory_format=torch.contiguous_format), mean, std)
     served.eval()
     wanted = served.embed(samples)
-    model = _to_onnx(served, samples[:2])
+    maps = feature_facts(served, samples[:1], features)
+    model = _to_onnx(served, samples[:2], features)
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -102,7 +108,7 @@ def export_bundle(
         case "fp32":
             pass
         case "fp16":
-            model = _to_onnx(_half(served), samples[:2])
+            model = _to_onnx(_half(served), samples[:2], features)
         case "int8":
             quantized = quantize(model, samples, wanted)
             model = quantized.model
@@ -114,12 +120,16 @@ def export_bundle(
         dim=wanted.shape[1],
         opset=OPSET,
         precision=precision,
+        features=maps,
         training=training,
         data_fingerprint=data_fingerprint,
         versions=versions,
     )
-    with _draft(model, info, samples, wanted) as encode:
+    with _draft(model, info, samples, wanted) as draft:
+        encode = partial(_embed, draft)
         measured = {"parity_max_cosine_distance": _parity(encode, precision, samples, wanted)}
+        if features:
+            measured |= features_parity(draft, served, samples[:GOLDEN_PAIRS])
         if precision != "fp32":
             measured |= precision_cost(encode, served, samples, wanted, labelled)
     info = replace(info, scores={**(scores or {}), **measured})
@@ -136,6 +146,7 @@ def export_run(
     crop_fraction: float = 1.0,
     precision: Precision = "fp32",
     measure_on: Path | None = None,
+    features: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Bundle:
     """Exports the online encoder of a run directory; raises as `export_bundle` does.
@@ -149,6 +160,7 @@ def export_run(
         precision: see `export_bundle`.
         measure_on: a folder or tar with class sub-folders: measures what the precision costs in
             kNN accuracy.
+        features: see `export_bundle`.
         overwrite: replace a bundle at `path`.
 
     Raises:
@@ -176,22 +188,24 @@ def export_run(
         data_fingerprint=load_checkpoint(newest).fingerprint,
         precision=precision,
         labelled=None if measure_on is None else load_labelled(measure_on, preprocess),
+        features=features,
         overwrite=overwrite,
     )
 
 
-def _to_onnx(served: ServedEncoder, example: Pixels) -> bytes:
+def _to_onnx(served: ServedEncoder, example: Pixels, features: Sequence[str]) -> bytes:
     """The graph by torch's current exporter, batch dynamic, checked by onnx.checker."""
+    module: nn.Module = ServedFeatures(served, features).eval() if features else served
     pixels = torch.from_numpy(np.repeat(example[:1], 2, axis=0))  # a batch of 1 would be fixed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
         program = torch.onnx.export(
-            served,
+            module,
             (pixels,),
             input_names=["images"],
-            output_names=["embedding"],
+            output_names=["embedding", *features],
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=65536)}},
             opset_version=OPSET,
             dynamo=True,
@@ -199,6 +213,8 @@ def _to_onnx(served: ServedEncoder, example: Pixels) -> bytes:
         )
     if program is None:
         raise InvalidBundle("torch.onnx.export gave no program; see its messages above")
+    # Once more: what the embedding and the maps share was merged last, and batch norms before that.
+    program.optimize()
     onnx.checker.check_model(program.model_proto, full_check=True)
     buffer = io.BytesIO()
     onnx.save_model(program.model_proto, buffer)
@@ -219,14 +235,16 @@ def _half(served: ServedEncoder) -> ServedEncoder:
 @contextmanager
 def _draft(
     model: bytes, info: BundleInfo, samples: Pixels, wanted: NDArray[np.float32]
-) -> Iterator[Callable[[Pixels], NDArray[np.float32]]]:
-    """The graph in ONNX Runtime, from a scratch bundle: uint8 [N, S, S, 3] to float32 [N, D]."""
+) -> Iterator[Encoder]:
+    """The graph in ONNX Runtime, from a scratch bundle."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = write_bundle(Path(scratch) / "draft", model, info, samples[:1], wanted[:1])
-        encoder = Encoder(bundle, device="cpu")
-        yield lambda pixels: np.concatenate(
-            [encoder.embed(pixels[at : at + 64]) for at in range(0, len(pixels), 64)]
-        )
+        yield Encoder(bundle, device="cpu")
+
+
+def _embed(encoder: Encoder, pixels: Pixels) -> NDArray[np.float32]:
+    """uint8 [N, S, S, 3] to float32 [N, D]."""
+    return np.concatenate([encoder.embed(pixels[at : at + 64]) for at in range(0, len(pixels), 64)])
 
 
 def _parity(

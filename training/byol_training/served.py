@@ -1,5 +1,7 @@
 """The function that a bundle computes, in PyTorch: what is exported, and what is evaluated."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,9 +26,12 @@ class ServedEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pixels to embeddings: scaled and normalised in float32, whatever the encoder's dtype."""
+        return F.normalize(self.encoder(self.planes(images)).to(torch.float32), dim=1)
+
+    def planes(self, images: Tensor) -> Tensor:
+        """uint8 [N, S, S, 3] -> the encoder's input, normalised float [N, 3, S, S]."""
         planes = images.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift
-        dtype = next(self.encoder.parameters()).dtype
-        return F.normalize(self.encoder(planes.to(dtype)).to(torch.float32), dim=1)
+        return planes.to(next(self.encoder.parameters()).dtype)
 
     def embed(self, pixels: Pixels, *, batch_size: int = 512) -> NDArray[np.float32]:
         """Embeds uint8 [N, S, S, 3] in eval mode, in batches, on the encoder's device."""
@@ -39,3 +44,20 @@ class ServedEncoder(nn.Module):
                 rows.append(self(batch).float().cpu().numpy())
         self.train(was_training)
         return np.concatenate(rows)
+
+
+class ServedFeatures(nn.Module):
+    """A served encoder that also gives the dense feature maps of some of its stages."""
+
+    def __init__(self, served: ServedEncoder, stages: Sequence[str]) -> None:
+        super().__init__()
+        self.served = served
+        self.stages = tuple(stages)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [N, S, S, 3] -> embedding float32 [N, D], then float32 [N, C, H, W] of each stage.
+
+        The encoder runs twice here and once in the exported graph, which shares what is equal.
+        """
+        maps = self.served.encoder.feature_maps(self.served.planes(images))  # type: ignore[operator]
+        return (self.served(images), *(maps[name].to(torch.float32) for name in self.stages))

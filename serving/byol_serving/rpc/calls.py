@@ -5,8 +5,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -14,14 +15,36 @@ from google.protobuf.message import DecodeError
 
 from byol_serving.errors import ByolError, InvalidRequest, Unavailable
 from byol_serving.rpc.status import Pairs, code_of, trailers_of
+from byol_serving.timing import STEPS, Step
 
 REQUEST_ID_KEY = "x-request-id"
+TRACE_KEY = "traceparent"
+"""W3C Trace Context, section 3.2."""
+_OURS = ("/byol.", "/inference.")
 
 log = logging.getLogger("byol.rpc")
 
 _GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A call that was answered or given up."""
+
+    method: str
+    """As gRPC has it: /byol.v1.Embedder/Embed."""
+    code: str
+    error: str
+    """Name of the error's class; empty if there was none."""
+    began: float
+    """On time.perf_counter()'s clock."""
+    ended: float
+    request_id: str
+    trace_parent: str
+    """W3C trace context of the caller; empty if there is none."""
+    steps: Sequence[Step]
 
 
 class Calls(grpc.aio.ServerInterceptor):
@@ -31,13 +54,19 @@ class Calls(grpc.aio.ServerInterceptor):
     id, and only the log has the traceback.
     """
 
-    def __init__(self) -> None:
-        """Accepts calls at once."""
+    def __init__(self, watchers: Sequence[Callable[[Finished], None]] = ()) -> None:
+        """Accepts calls at once; tells the watchers of each when it has ended."""
+        self._watchers = watchers
         self.in_flight = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._wrapped: dict[str, _Handler] = {}
+
+    @property
+    def draining(self) -> bool:
+        """Whether new calls are refused."""
+        return self._draining
 
     async def drain(self) -> None:
         """Refuses new calls from now on, and returns when the accepted ones are answered."""
@@ -54,7 +83,7 @@ class Calls(grpc.aio.ServerInterceptor):
         if (known := self._wrapped.get(method)) is not None:
             return known
         handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith("/byol."):  # health and reflection: as they are
+        if handler is None or not method.startswith(_OURS):  # health and reflection: as they are
             return handler
         wrapped = self._wrapped[method] = self._wrap(method, handler)
         return wrapped
@@ -101,11 +130,13 @@ class Calls(grpc.aio.ServerInterceptor):
         self.in_flight += 1
         self._idle.clear()
 
-    def ended(self) -> None:
+    def ended(self, call: Finished) -> None:
         """Counts a call out."""
         self.in_flight -= 1
         if not self.in_flight:
             self._idle.set()
+        for watch in self._watchers:
+            watch(call)
 
     def _admit(self) -> None:
         if self._draining:
@@ -133,8 +164,12 @@ class _Call:
     def __init__(self, calls: Calls, method: str, context: _Context) -> None:
         self._calls, self._method, self._context = calls, method, context
         self._began = time.perf_counter()
-        self.id = _request_id(context)
+        metadata = dict(context.invocation_metadata() or ())
+        self.id = _request_id(metadata.get(REQUEST_ID_KEY))
+        self._trace_parent = str(metadata.get(TRACE_KEY, ""))
         self._trailers: Pairs = ((REQUEST_ID_KEY, self.id),)
+        self._steps: list[Step] = []
+        STEPS.set(self._steps)  # of this call's own task, and of those it starts
         context.set_trailing_metadata(self._trailers)
         calls.began()
 
@@ -143,23 +178,40 @@ class _Call:
         match error:
             case ByolError():
                 code = code_of(error)
-                self.end(code.name, str(error))
+                self.end(code.name, type(error).__name__, str(error))
                 await self._context.abort(code, str(error), (*self._trailers, *trailers_of(error)))
             case Exception() if not isinstance(error, grpc.aio.AbortError):
-                log.error("unexpected error request_id=%s", self.id, exc_info=error)
-                self.end("INTERNAL", type(error).__name__)
+                log.error(
+                    "unexpected error request_id=%s",
+                    self.id,
+                    exc_info=error,
+                    extra={"request_id": self.id},
+                )
+                self.end("INTERNAL", type(error).__name__, "unexpected")
                 text = (
                     f"internal error; the server's log has the details under request id {self.id}"
                 )
                 await self._context.abort(grpc.StatusCode.INTERNAL, text, self._trailers)
             case _:  # cancelled by the client, by its deadline, or by the end of the drain
-                self.end("CANCELLED")
+                self.end("CANCELLED", "Cancelled")
                 raise error
 
-    def end(self, code: str, reason: str = "") -> None:
+    def end(self, code: str, error: str = "", reason: str = "") -> None:
         """Counts the call out and writes its line."""
-        self._calls.ended()
-        took = (time.perf_counter() - self._began) * 1000
+        call = Finished(
+            method=self._method,
+            code=code,
+            error=error,
+            began=self._began,
+            ended=time.perf_counter(),
+            request_id=self.id,
+            trace_parent=self._trace_parent,
+            steps=self._steps,
+        )
+        self._calls.ended(call)
+        if not log.isEnabledFor(logging.INFO):
+            return
+        took = (call.ended - call.began) * 1000
         log.info(
             "method=%s code=%s ms=%.2f request_id=%s peer=%s%s",
             self._method,
@@ -172,11 +224,10 @@ class _Call:
         )
 
 
-def _request_id(context: _Context) -> str:
+def _request_id(given: str | bytes | None) -> str:
     """The caller's own id where it is printable and short, else a new one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str) and _GOOD_ID.fullmatch(value):
-            return value
+    if isinstance(given, str) and _GOOD_ID.fullmatch(given):
+        return given
     return os.urandom(8).hex()
 
 

@@ -14,9 +14,9 @@ from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
 from byol_serving.rpc.calls import deadline_of
 from byol_serving.rpc.convert import struct_to_metadata, tensor_to_vectors
-from byol_serving.rpc.embedder import LoadedEncoder, require
 from byol_serving.rpc.filters import from_message
 from byol_serving.rpc.items import collection_message, hits_message, item_message
+from byol_serving.rpc.models import Models
 from byol_serving.rpc.pools import BlockingCalls, in_order
 from byol_serving.rpc.queries import run_search
 
@@ -30,14 +30,14 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     def __init__(
         self,
         store: Store | None,
-        encoder: LoadedEncoder | None,
+        models: Models,
         calls: BlockingCalls,
         *,
         stream_window: int,
     ) -> None:
-        """Calls are FAILED_PRECONDITION without a store, those with images without an encoder."""
+        """Calls are FAILED_PRECONDITION without a store, those with images without a model."""
         self._maybe_store = store
-        self._encoder = encoder
+        self._models = models
         self._calls = calls
         self._window = stream_window
 
@@ -49,7 +49,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         if request.dim and request.encoder_id:
             dim, encoder_id = request.dim, request.encoder_id
         else:
-            info = require(self._encoder).info
+            info = self._models.find().info
             dim, encoder_id = request.dim or info.dim, request.encoder_id or info.encoder_id
             if encoder_id == info.encoder_id and dim != info.dim:
                 raise InvalidRequest(
@@ -143,10 +143,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         images = [each.image for each in request.queries if each.WhichOneof("by") == "image"]
         embedded: Vectors = np.empty((0, 0), np.float32)
         if images:
-            await self._on(request.collection, self._check_encoder, context)
-            embedded = await require(self._encoder).pipeline.embed_images(
-                images, deadline=deadline_of(context)
-            )
+            embedded = await self._embed(request.collection, images, context, wait=False)
 
         def search(collection: Collection) -> list[list[Hit]]:
             return run_search(collection, request, embedded, where)
@@ -163,10 +160,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         metadata = [struct_to_metadata(each) for each in request.metadata] or None
         _check_lengths(request)
         if request.images:
-            await self._on(request.collection, self._check_encoder, context)
-            vectors = await require(self._encoder).pipeline.embed_images(
-                request.images, deadline=deadline_of(context), wait=wait
-            )
+            vectors = await self._embed(request.collection, request.images, context, wait=wait)
         else:
             vectors = tensor_to_vectors(request.vectors, ndim=2)
 
@@ -178,8 +172,15 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
 
         return write
 
-    def _check_encoder(self, collection: Collection) -> None:
-        _check_claimed_encoder(collection, require(self._encoder).info.encoder_id)
+    async def _embed(
+        self, name: str, images: Sequence[bytes], context: Context, *, wait: bool
+    ) -> Vectors:
+        """Vectors of images by the encoder that the collection's other vectors came from."""
+        info = await self._on(name, lambda c: c.info, context)
+        with self._models.making(info.encoder_id, info.name) as model:
+            return await model.pipeline.embed_images(
+                images, deadline=deadline_of(context), wait=wait
+            )
 
     def _store(self) -> Store:
         if self._maybe_store is None:

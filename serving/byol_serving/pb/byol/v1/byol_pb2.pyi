@@ -82,8 +82,14 @@ class EmbedRequest(google.protobuf.message.Message):
     IMAGES_FIELD_NUMBER: builtins.int
     PIXELS_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
     dtype: Global___DType.ValueType
     """float32 (default), float16 or int8."""
+    model: builtins.str
+    """Empty: the server's default model."""
+    version: builtins.str
+    """Empty: the version in use."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """Encoded image files (JPEG, PNG, WebP, GIF, BMP, TIFF), decoded as the encoder's bundle says."""
@@ -98,9 +104,11 @@ class EmbedRequest(google.protobuf.message.Message):
         images: collections.abc.Iterable[builtins.bytes] | None = ...,
         pixels: Global___Tensor | None = ...,
         dtype: Global___DType.ValueType = ...,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "pixels", b"pixels"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "version", b"version"]) -> None: ...
 
 Global___EmbedRequest: typing_extensions.TypeAlias = EmbedRequest
 
@@ -130,9 +138,19 @@ Global___EmbedResponse: typing_extensions.TypeAlias = EmbedResponse
 class GetEncoderRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """empty: the server's default model"""
+    version: builtins.str
+    """empty: the version in use"""
     def __init__(
         self,
+        *,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "version", b"version"]) -> None: ...
 
 Global___GetEncoderRequest: typing_extensions.TypeAlias = GetEncoderRequest
 
@@ -146,6 +164,9 @@ class Encoder(google.protobuf.message.Message):
     DIM_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
     PROVIDER_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
     encoder_id: builtins.str
     """sha256 of the ONNX graph"""
     name: builtins.str
@@ -155,6 +176,13 @@ class Encoder(google.protobuf.message.Message):
     """fp32, fp16, int8"""
     provider: builtins.str
     """the ONNX Runtime execution provider in use"""
+    model: builtins.str
+    """the name that requests call it by"""
+    version: builtins.str
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """that ExtractFeatures can be asked for"""
+
     def __init__(
         self,
         *,
@@ -164,10 +192,140 @@ class Encoder(google.protobuf.message.Message):
         dim: builtins.int = ...,
         precision: builtins.str = ...,
         provider: builtins.str = ...,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
+        stages: collections.abc.Iterable[Global___Stage] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "name", b"name", "precision", b"precision", "provider", b"provider"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "model", b"model", "name", b"name", "precision", b"precision", "provider", b"provider", "stages", b"stages", "version", b"version"]) -> None: ...
 
 Global___Encoder: typing_extensions.TypeAlias = Encoder
+
+@typing.final
+class Stage(google.protobuf.message.Message):
+    """A stage of the encoder and its feature map, float32 [N, channels, side, side]."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    CHANNELS_FIELD_NUMBER: builtins.int
+    SIDE_FIELD_NUMBER: builtins.int
+    STRIDE_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    channels: builtins.int
+    side: builtins.int
+    stride: builtins.int
+    """input pixels from one column, or row, to the next"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        channels: builtins.int = ...,
+        side: builtins.int = ...,
+        stride: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["channels", b"channels", "name", b"name", "side", b"side", "stride", b"stride"]) -> None: ...
+
+Global___Stage: typing_extensions.TypeAlias = Stage
+
+@typing.final
+class ExtractFeaturesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: builtins.int
+    PIXELS_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
+    WITH_EMBEDDINGS_FIELD_NUMBER: builtins.int
+    dtype: Global___DType.ValueType
+    """float32 (default) or float16."""
+    model: builtins.str
+    """empty: the server's default model"""
+    version: builtins.str
+    """empty: the version in use"""
+    with_embeddings: builtins.bool
+    """Also the embeddings, which the same run of the encoder gives."""
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """As in EmbedRequest: encoded images or raw pixels."""
+
+    @property
+    def pixels(self) -> Global___Tensor: ...
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """At least one; no two alike."""
+
+    def __init__(
+        self,
+        *,
+        images: collections.abc.Iterable[builtins.bytes] | None = ...,
+        pixels: Global___Tensor | None = ...,
+        dtype: Global___DType.ValueType = ...,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
+        stages: collections.abc.Iterable[builtins.str] | None = ...,
+        with_embeddings: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "stages", b"stages", "version", b"version", "with_embeddings", b"with_embeddings"]) -> None: ...
+
+Global___ExtractFeaturesRequest: typing_extensions.TypeAlias = ExtractFeaturesRequest
+
+@typing.final
+class FeatureMap(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    @property
+    def stage(self) -> Global___Stage: ...
+    @property
+    def values(self) -> Global___Tensor:
+        """[N, channels, side, side]"""
+
+    def __init__(
+        self,
+        *,
+        stage: Global___Stage | None = ...,
+        values: Global___Tensor | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["stage", b"stage", "values", b"values"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["stage", b"stage", "values", b"values"]) -> None: ...
+
+Global___FeatureMap: typing_extensions.TypeAlias = FeatureMap
+
+@typing.final
+class ExtractFeaturesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAPS_FIELD_NUMBER: builtins.int
+    EMBEDDINGS_FIELD_NUMBER: builtins.int
+    ENCODER_ID_FIELD_NUMBER: builtins.int
+    IMAGE_SIZE_FIELD_NUMBER: builtins.int
+    encoder_id: builtins.str
+    image_size: builtins.int
+    """side of the encoder's input, to which strides refer"""
+    @property
+    def maps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FeatureMap]:
+        """in the order of the stages asked for"""
+
+    @property
+    def embeddings(self) -> Global___Tensor:
+        """[N, D], only if asked for"""
+
+    def __init__(
+        self,
+        *,
+        maps: collections.abc.Iterable[Global___FeatureMap] | None = ...,
+        embeddings: Global___Tensor | None = ...,
+        encoder_id: builtins.str = ...,
+        image_size: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["embeddings", b"embeddings"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["embeddings", b"embeddings", "encoder_id", b"encoder_id", "image_size", b"image_size", "maps", b"maps"]) -> None: ...
+
+Global___ExtractFeaturesResponse: typing_extensions.TypeAlias = ExtractFeaturesResponse
 
 @typing.final
 class Collection(google.protobuf.message.Message):

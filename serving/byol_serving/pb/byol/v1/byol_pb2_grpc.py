@@ -45,6 +45,11 @@ class EmbedderStub(object):
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.ExtractFeatures = channel.unary_unary(
+                '/byol.v1.Embedder/ExtractFeatures',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesResponse.FromString,
+                _registered_method=True)
         self.GetEncoder = channel.unary_unary(
                 '/byol.v1.Embedder/GetEncoder',
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetEncoderRequest.SerializeToString,
@@ -71,8 +76,15 @@ class EmbedderServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExtractFeatures(self, request, context):
+        """Dense feature maps of named stages, for segmentation and detection heads: several in one call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetEncoder(self, request, context):
-        """What is loaded: identity, input size, dimension.
+        """What is loaded: identity, input size, dimension, stages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +102,11 @@ def add_EmbedderServicer_to_server(servicer, server):
                     servicer.EmbedStream,
                     request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedRequest.FromString,
                     response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedResponse.SerializeToString,
+            ),
+            'ExtractFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtractFeatures,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesResponse.SerializeToString,
             ),
             'GetEncoder': grpc.unary_unary_rpc_method_handler(
                     servicer.GetEncoder,
@@ -152,6 +169,33 @@ class Embedder(object):
             '/byol.v1.Embedder/EmbedStream',
             byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedRequest.SerializeToString,
             byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtractFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Embedder/ExtractFeatures',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,22 @@ _EmbedderEmbedStreamType = typing_extensions.TypeVar(
     ],
 )
 
+_EmbedderExtractFeaturesType = typing_extensions.TypeVar(
+    '_EmbedderExtractFeaturesType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
+    ],
+)
+
 _EmbedderGetEncoderType = typing_extensions.TypeVar(
     '_EmbedderGetEncoderType',
     grpc.UnaryUnaryMultiCallable[
@@ -77,7 +93,7 @@ _EmbedderGetEncoderType = typing_extensions.TypeVar(
     ],
 )
 
-class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, _EmbedderGetEncoderType]):
+class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, _EmbedderExtractFeaturesType, _EmbedderGetEncoderType]):
     """Embeds images with the encoder that the server has loaded."""
 
     @typing.overload
@@ -89,6 +105,10 @@ class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, 
         grpc.StreamStreamMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.EmbedRequest,
             byol_serving.pb.byol.v1.byol_pb2.EmbedResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+            byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.GetEncoderRequest,
@@ -107,6 +127,10 @@ class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, 
             byol_serving.pb.byol.v1.byol_pb2.EmbedResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+            byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.GetEncoderRequest,
             byol_serving.pb.byol.v1.byol_pb2.Encoder,
         ],
@@ -120,8 +144,11 @@ class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, 
     holds the sender back when the server is busy. A bad batch ends the stream with its error.
     """
 
+    ExtractFeatures: _EmbedderExtractFeaturesType
+    """Dense feature maps of named stages, for segmentation and detection heads: several in one call."""
+
     GetEncoder: _EmbedderGetEncoderType
-    """What is loaded: identity, input size, dimension."""
+    """What is loaded: identity, input size, dimension, stages."""
 
 EmbedderAsyncStub: typing_extensions.TypeAlias = EmbedderStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -131,6 +158,10 @@ EmbedderAsyncStub: typing_extensions.TypeAlias = EmbedderStub[
     grpc.aio.StreamStreamMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.EmbedRequest,
         byol_serving.pb.byol.v1.byol_pb2.EmbedResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.GetEncoderRequest,
@@ -160,12 +191,20 @@ class EmbedderServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
+    def ExtractFeatures(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse]]:
+        """Dense feature maps of named stages, for segmentation and detection heads: several in one call."""
+
+    @abc.abstractmethod
     def GetEncoder(
         self,
         request: byol_serving.pb.byol.v1.byol_pb2.GetEncoderRequest,
         context: _ServicerContext,
     ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.Encoder, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.Encoder]]:
-        """What is loaded: identity, input size, dimension."""
+        """What is loaded: identity, input size, dimension, stages."""
 
 def add_EmbedderServicer_to_server(servicer: EmbedderServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 
