@@ -10,6 +10,7 @@ all steps. Over it a request is refused at once, before any work is spent on it.
 
 import asyncio
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -75,8 +76,7 @@ class Batcher(Generic[Item, Results]):
                 threads at a time. If it raises, every request in the batch gets the exception.
             max_batch: items in one call of `run`.
             workers: calls of `run` at a time.
-            share: divide what is queued among the free workers (for work whose cost is the same in
-                small batches, such as decoding) instead of filling one batch.
+            share: divide what is queued among the free workers instead of filling one batch.
             name: of the threads, and of the step in a call's times.
             watch: told of each batch when it is done, on the event loop.
         """
@@ -152,25 +152,42 @@ class Batcher(Generic[Item, Results]):
             self._pool.submit(self._work, loop, slices)
 
     def _take(self, size: int) -> list[_Slice[Item, Results]]:
-        """Up to `size` queued items, leaving out the requests that nobody waits for any more."""
+        """Up to `size` queued items, leaving out the requests that nobody waits for any more.
+
+        A batch ends before the earliest deadline in it, as far as the present pace tells: it stays
+        smaller for a request that is short of time. (One that will be late even alone does not
+        shrink it: that would help nobody.)
+        """
         slices: list[_Slice[Item, Results]] = []
+        taken = 0
         now = time.monotonic()
-        while self._queue and size > 0:
+        while self._queue and size > taken:
             job = self._queue.popleft()
             left = len(job.items) - job.sent
             if not _wanted(job, now):
                 self._queued -= left
                 continue
-            count = min(left, size)
+            in_time = self._in_time(job, now)
+            if in_time <= taken:
+                self._queue.appendleft(job)  # it goes first the next time, in a smaller batch
+                break
+            size = min(size, in_time)
+            count = min(left, size - taken)
             job.began = job.began or time.perf_counter()
             slices.append((job, job.sent, job.sent + count))
             job.sent += count
-            size -= count
+            taken += count
             self._queued -= count
             if count < left:
                 # To the end of the line: a huge request must not keep small ones waiting.
                 self._queue.append(job)
         return slices
+
+    def _in_time(self, job: _Job[Item, Results], now: float) -> int:
+        """Size up to which a batch with this job in it ends before the job's deadline."""
+        if job.deadline is None or self.seconds_per_item == 0:
+            return sys.maxsize
+        return int((job.deadline - now) / self.seconds_per_item) or sys.maxsize
 
     def _work(self, loop: asyncio.AbstractEventLoop, slices: list[_Slice[Item, Results]]) -> None:
         """Runs in a worker thread."""

@@ -13,10 +13,10 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Any, cast
 
 import grpc
-import numpy as np
 import uvloop
 from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from byol_serving.bundle import load_bundle
 from byol_serving.collections.store import Store
 from byol_serving.config import ServeConfig, TlsConfig
-from byol_serving.encoder import Encoder
+from byol_serving.encoder import Device, Encoder
 from byol_serving.errors import InvalidConfig
 from byol_serving.pb.byol.v1 import byol_pb2, byol_pb2_grpc
 from byol_serving.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
@@ -40,6 +40,9 @@ from byol_serving.rpc.pools import BlockingCalls
 from byol_serving.watching import Watching
 
 log = logging.getLogger("byol.server")
+
+_MOST_IN_A_BATCH = 64
+"""Where the configuration leaves it to measurement: larger ones make others wait too long."""
 
 SERVICES: Sequence[str] = tuple(
     service.full_name
@@ -159,8 +162,12 @@ def _load(config: ServeConfig, watching: Watching) -> Model:
     """Loads the encoder, holds it against its golden pairs, and runs every step once."""
     assert config.bundle is not None
     bundle = load_bundle(config.bundle)
-    device = cast(Literal["auto", "cpu", "cuda"], config.device)
-    encoder = Encoder(bundle, device=device, threads=config.threads)
+    encoder = Encoder(
+        bundle,
+        device=cast(Device, config.device),
+        threads=config.threads,
+        workers=config.inference_workers,
+    )
     worst = encoder.check_golden()
     log.info(
         "encoder=%s id=%s provider=%s golden_cosine_distance=%.1e",
@@ -169,10 +176,10 @@ def _load(config: ServeConfig, watching: Watching) -> Model:
         encoder.provider,
         worst,
     )
-    size = bundle.info.preprocess.size
-    # The first run of a batch size allocates: better now than for the first callers.
-    for batch in (1, config.max_batch):
-        encoder.embed(np.zeros((batch, size, size, 3), np.uint8))
+    curve = encoder.warm_up(config.max_batch or _MOST_IN_A_BATCH)
+    max_batch = config.max_batch or curve.best
+    log.info("workers=%d max_batch=%d", encoder.workers, max_batch)
+    config = replace(config, inference_workers=encoder.workers, max_batch=max_batch)
     watch = watching.batches(bundle.info.name)
     pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config, watch=watch)
     features = Features(encoder.extract, pipeline, bundle.info, config, watch=watch)
@@ -209,7 +216,8 @@ async def _start(
         EmbedderService(models, stream_window=window), server
     )
     byol_pb2_grpc.add_CollectionsServicer_to_server(
-        CollectionsService(store, models, blocking, stream_window=window), server
+        CollectionsService(store, models, blocking, stream_window=window, backups=config.backups),
+        server,
     )
     grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
         InferenceService(models), server

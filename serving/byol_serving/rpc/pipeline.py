@@ -39,8 +39,8 @@ class Pipeline:
 
         Args:
             embed: the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe.
-            preprocess: the encoder's.
-            config: workers, limits, batch size.
+            preprocess: of the encoder's bundle.
+            config: with `max_batch` and `inference_workers` as the encoder wants them, not 0.
             watch: told of each batch of each step.
         """
         self._embed = embed
@@ -58,6 +58,7 @@ class Pipeline:
             self._infer,
             max_batch=config.max_batch,
             workers=config.inference_workers,
+            share=True,
             name="inference",
             watch=partial(watch, "inference") if watch else None,
         )
