@@ -21,7 +21,7 @@ COMMANDS = {
     "embed": "Embed a folder or archive into files.",
     "index": "Embed a folder or archive into a collection.",
     "search": "Find an image's nearest neighbours.",
-    "collections": "List, create, inspect and drop collections.",
+    "collections": "Make, inspect, back up and analyse collections.",
     "doctor": "Say what this machine offers and lacks.",
 }
 

@@ -25,18 +25,23 @@ from numpy.typing import NDArray
 
 from byol_serving import client_batches
 from byol_serving import client_calls as calls
+from byol_serving import client_search as searching
+from byol_serving.client_analysis import Analysis
 from byol_serving.client_async import AsyncClient
-from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
-from byol_serving.client_calls import (
-    Call,
-    EncoderInfo,
-    FeatureMaps,
-    Retry,
-    SearchOptions,
-    Target,
+from byol_serving.client_batches import (
+    DTypeName,
+    Embeddings,
+    ExampleLike,
+    Examples,
+    ImageLike,
+    ItemId,
+    QueryLike,
 )
+from byol_serving.client_calls import BackupInfo, Call, EncoderInfo, FeatureMaps, Retry, Target
 from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
+from byol_serving.client_search import SearchOptions
 from byol_serving.client_trace import traced
+from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
@@ -44,23 +49,30 @@ from byol_serving.collections.types import (
     Item,
     Metadata,
     UpsertCounts,
+    Verification,
 )
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.filters import Where
 
 __all__ = [
     "AsyncClient",
+    "BackupInfo",
     "Client",
     "ClientTls",
     "CollectionInfo",
     "EncoderInfo",
+    "ExampleLike",
+    "Examples",
     "FeatureMaps",
     "Hit",
+    "HitGroup",
     "ImageLike",
     "Item",
+    "ItemId",
     "Retry",
     "SearchOptions",
     "UpsertCounts",
+    "Verification",
 ]
 
 In = TypeVar("In")
@@ -101,6 +113,8 @@ class Client:
         self._concurrency = concurrency
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="byol-client")
         self._methods: dict[str, Callable[..., Any]] = {}
+        self.analysis = Analysis(self._send)
+        """Duplicates, outliers, labels and pairs."""
 
     def close(self) -> None:
         """Ends the connection."""
@@ -294,6 +308,26 @@ class Client:
         """Items in the order of `ids`; UnknownId if one is not there."""
         return self._send(calls.get(collection, ids, with_vectors))
 
+    def items(
+        self,
+        collection: str,
+        *,
+        where: Where | None = None,
+        page_size: int = 1000,
+        with_vectors: bool = False,
+        with_metadata: bool = True,
+    ) -> Iterator[Item]:
+        """All items, or those that match, in the order they were stored; fetched page by page."""
+        token = ""
+        while True:
+            call = calls.list_items(
+                collection, where, page_size, token, with_vectors, with_metadata
+            )
+            page = self._send(call)
+            yield from page.items
+            if not (token := page.after):
+                return
+
     def search(
         self,
         collection: str,
@@ -301,9 +335,13 @@ class Client:
         image: ImageLike | None = None,
         vector: NDArray[np.float32] | None = None,
         id: str | None = None,
+        like: Sequence[ExampleLike] = (),
+        unlike: Sequence[ExampleLike] = (),
         k: int = 10,
+        offset: int = 0,
         where: Where | None = None,
         min_score: float | None = None,
+        mmr_lambda: float | None = None,
         with_vectors: bool = False,
         with_metadata: bool = True,
     ) -> list[Hit]:
@@ -313,23 +351,30 @@ class Client:
             collection: its name.
             image: the query; or
             vector: float32 [D]; or
-            id: an item of the collection, which is left out of the answer.
-            k: from 1 to the collection's size.
+            id: an item of the collection, which is left out of the answer; or
+            like: several examples at once (images, vectors, `ItemId`), whose mean is the query, ...
+            unlike: ... less a fifth of the mean of these. Items among both are left out.
+            k: from 1 to the collection's size; with `min_score` any limit.
+            offset: leaves out the best so many (see also `search_pages`).
             where: condition on metadata: a dict such as {"label": "cat", "price": {"gte": 3}}
                 (see `byol_serving.rpc.filters`) or a tree of `byol_serving.collections.filters`.
             min_score: leaves out neighbours with a lower cosine similarity.
+            mmr_lambda: hits that differ from one another: 1 ranks by similarity to the query
+                alone, 0 by difference from the hits before alone.
             with_vectors: also the neighbours' vectors.
             with_metadata: also their metadata.
         """
         options = SearchOptions(
             k=k,
+            offset=offset,
             where=where,
             min_score=min_score,
+            mmr_lambda=mmr_lambda,
             with_vectors=with_vectors,
             with_metadata=with_metadata,
         )
-        query = calls.search_one(collection, options, image=image, vector=vector, id=id)
-        return self._send(query)[0]
+        query = searching.one_query(image=image, vector=vector, id=id, like=like, unlike=unlike)
+        return (self._send(searching.search(collection, options, queries=[query])))[0]
 
     def search_many(
         self,
@@ -338,12 +383,88 @@ class Client:
         *,
         images: Iterable[ImageLike] = (),
         ids: Iterable[str] = (),
+        queries: Iterable[QueryLike] = (),
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:
-        """The neighbours of many queries in one call: by image, then id, then rows of vectors."""
-        options = options or SearchOptions()
-        call = calls.search(collection, options, images=images, ids=ids, vectors=vectors)
+        """The neighbours of many queries in one call: images, ids, any kind, rows of vectors."""
+        call = searching.search(
+            collection,
+            options or SearchOptions(),
+            images=images,
+            ids=ids,
+            queries=queries,
+            vectors=vectors,
+        )
         return self._send(call)
+
+    def search_groups(
+        self,
+        collection: str,
+        query: QueryLike,
+        *,
+        by: str,
+        size: int = 1,
+        options: SearchOptions | None = None,
+    ) -> list[HitGroup]:
+        """The best `options.k` values of the metadata key `by`, each with its best `size` items."""
+        options = options or SearchOptions()
+        return self._send(searching.groups(collection, query, options, by=by, size=size))
+
+    def search_pages(
+        self, collection: str, query: QueryLike, options: SearchOptions | None = None
+    ) -> Iterator[Sequence[Hit]]:
+        """All hits of one query, `options.k` at a time, best first.
+
+        All pages are of one version of the collection: after a change in between the next page
+        raises FailedPrecondition (where the backend counts versions).
+        """
+        asking: SearchOptions | None = options or SearchOptions()
+        while asking is not None:
+            found = self._send(searching.page(collection, query, asking))
+            if found.hits:
+                yield found.hits
+            asking = searching.next_page(asking, found)
+
+    def search_stream(
+        self,
+        collection: str,
+        batches: Iterable[NDArray[np.float32]],
+        options: SearchOptions | None = None,
+    ) -> Iterator[list[list[Hit]]]:
+        """The neighbours of many batches of vectors (float32 [n, D]) over one call, in order.
+
+        `batches` is read as the server takes them. The default timeout does not apply, and nothing
+        is tried again.
+        """
+        wanted = options or SearchOptions()
+        requests = (searching.request_of(collection, wanted, vectors=each) for each in batches)
+        stream = self._channel.stream_stream(
+            searching.SEARCH_STREAM,
+            request_serializer=pb.SearchRequest.SerializeToString,
+            response_deserializer=pb.SearchResponse.FromString,
+        )
+        answers = stream(requests)
+        try:
+            for answer in answers:
+                yield searching.answer_of(answer)
+        except grpc.RpcError as failure:
+            raise byol_error(failure) from failure
+        finally:
+            answers.cancel()
+
+    # --- the store ------------------------------------------------------------------------------
+
+    def verify(self, collection: str) -> Verification:
+        """Compares a collection's index with its store, and all bytes with their checksums."""
+        return self._send(calls.verify(collection))
+
+    def backup(self, name: str) -> BackupInfo:
+        """Copies all collections into the server's folder of backups while it serves."""
+        return self._send(calls.backup(name))
+
+    def restore(self, backup: str, collection: str, *, name: str = "") -> CollectionInfo:
+        """Brings back one collection of a backup, under its own name or a new one."""
+        return self._send(calls.restore(backup, collection, name))
 
     # --- sending --------------------------------------------------------------------------------
 

@@ -14,17 +14,20 @@ from numpy.typing import NDArray
 
 from byol_serving import client_batches
 from byol_serving import client_calls as calls
-from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
-from byol_serving.client_calls import (
-    Call,
-    EncoderInfo,
-    FeatureMaps,
-    Retry,
-    SearchOptions,
-    Target,
+from byol_serving import client_search as searching
+from byol_serving.client_analysis import AsyncAnalysis
+from byol_serving.client_batches import (
+    DTypeName,
+    Embeddings,
+    ExampleLike,
+    ImageLike,
+    QueryLike,
 )
+from byol_serving.client_calls import BackupInfo, Call, EncoderInfo, FeatureMaps, Retry, Target
 from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
+from byol_serving.client_search import SearchOptions
 from byol_serving.client_trace import traced
+from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
@@ -32,6 +35,7 @@ from byol_serving.collections.types import (
     Item,
     Metadata,
     UpsertCounts,
+    Verification,
 )
 from byol_serving.rpc.filters import Where
 from byol_serving.rpc.pools import in_order
@@ -73,6 +77,8 @@ class AsyncClient:
         self._batch_size = batch_size
         self._concurrency = concurrency
         self._methods: dict[str, Callable[..., Any]] = {}
+        self.analysis = AsyncAnalysis(self._send)
+        """Duplicates, outliers, labels and pairs."""
 
     async def close(self) -> None:
         """Ends the connection."""
@@ -253,6 +259,27 @@ class AsyncClient:
         """Items in the order of `ids`; UnknownId if one is not there."""
         return await self._send(calls.get(collection, ids, with_vectors))
 
+    async def items(
+        self,
+        collection: str,
+        *,
+        where: Where | None = None,
+        page_size: int = 1000,
+        with_vectors: bool = False,
+        with_metadata: bool = True,
+    ) -> AsyncGenerator[Item]:
+        """All items, or those that match, in the order they were stored; fetched page by page."""
+        token = ""
+        while True:
+            call = calls.list_items(
+                collection, where, page_size, token, with_vectors, with_metadata
+            )
+            page = await self._send(call)
+            for item in page.items:
+                yield item
+            if not (token := page.after):
+                return
+
     async def search(
         self,
         collection: str,
@@ -260,9 +287,13 @@ class AsyncClient:
         image: ImageLike | None = None,
         vector: NDArray[np.float32] | None = None,
         id: str | None = None,
+        like: Sequence[ExampleLike] = (),
+        unlike: Sequence[ExampleLike] = (),
         k: int = 10,
+        offset: int = 0,
         where: Where | None = None,
         min_score: float | None = None,
+        mmr_lambda: float | None = None,
         with_vectors: bool = False,
         with_metadata: bool = True,
     ) -> list[Hit]:
@@ -272,23 +303,30 @@ class AsyncClient:
             collection: its name.
             image: the query; or
             vector: float32 [D]; or
-            id: an item of the collection, which is left out of the answer.
-            k: from 1 to the collection's size.
+            id: an item of the collection, which is left out of the answer; or
+            like: several examples at once (images, vectors, `ItemId`), whose mean is the query, ...
+            unlike: ... less a fifth of the mean of these. Items among both are left out.
+            k: from 1 to the collection's size; with `min_score` any limit.
+            offset: leaves out the best so many (see also `search_pages`).
             where: condition on metadata: a dict such as {"label": "cat", "price": {"gte": 3}}
                 (see `byol_serving.rpc.filters`) or a tree of `byol_serving.collections.filters`.
             min_score: leaves out neighbours with a lower cosine similarity.
+            mmr_lambda: hits that differ from one another: 1 ranks by similarity to the query
+                alone, 0 by difference from the hits before alone.
             with_vectors: also the neighbours' vectors.
             with_metadata: also their metadata.
         """
         options = SearchOptions(
             k=k,
+            offset=offset,
             where=where,
             min_score=min_score,
+            mmr_lambda=mmr_lambda,
             with_vectors=with_vectors,
             with_metadata=with_metadata,
         )
-        query = calls.search_one(collection, options, image=image, vector=vector, id=id)
-        return (await self._send(query))[0]
+        query = searching.one_query(image=image, vector=vector, id=id, like=like, unlike=unlike)
+        return (await self._send(searching.search(collection, options, queries=[query])))[0]
 
     async def search_many(
         self,
@@ -297,12 +335,80 @@ class AsyncClient:
         *,
         images: Iterable[ImageLike] = (),
         ids: Iterable[str] = (),
+        queries: Iterable[QueryLike] = (),
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:
-        """The neighbours of many queries in one call: by image, then id, then rows of vectors."""
-        options = options or SearchOptions()
-        call = calls.search(collection, options, images=images, ids=ids, vectors=vectors)
+        """The neighbours of many queries in one call: images, ids, any kind, rows of vectors."""
+        call = searching.search(
+            collection,
+            options or SearchOptions(),
+            images=images,
+            ids=ids,
+            queries=queries,
+            vectors=vectors,
+        )
         return await self._send(call)
+
+    async def search_groups(
+        self,
+        collection: str,
+        query: QueryLike,
+        *,
+        by: str,
+        size: int = 1,
+        options: SearchOptions | None = None,
+    ) -> list[HitGroup]:
+        """The best `options.k` values of the metadata key `by`, each with its best `size` items."""
+        options = options or SearchOptions()
+        return await self._send(searching.groups(collection, query, options, by=by, size=size))
+
+    async def search_pages(
+        self, collection: str, query: QueryLike, options: SearchOptions | None = None
+    ) -> AsyncGenerator[Sequence[Hit]]:
+        """All hits of one query, `options.k` at a time, best first.
+
+        All pages are of one version of the collection: after a change in between the next page
+        raises FailedPrecondition (where the backend counts versions).
+        """
+        asking: SearchOptions | None = options or SearchOptions()
+        while asking is not None:
+            found = await self._send(searching.page(collection, query, asking))
+            if found.hits:
+                yield found.hits
+            asking = searching.next_page(asking, found)
+
+    async def search_stream(
+        self,
+        collection: str,
+        batches: Iterable[NDArray[np.float32]],
+        options: SearchOptions | None = None,
+    ) -> AsyncGenerator[list[list[Hit]]]:
+        """The neighbours of many batches of vectors (float32 [n, D]), in order, a few at a time.
+
+        `batches` is read as the server takes them.
+        """
+        # Not the SearchStream call, for the reason that `embed_stream` gives.
+        wanted = options or SearchOptions()
+        answers = self._spread(
+            lambda each: self._send(searching.search(collection, wanted, vectors=each)), batches
+        )
+        async with aclosing(answers):
+            async for found in answers:
+                yield found
+
+    # --- the store ------------------------------------------------------------------------------
+
+    async def verify(self, collection: str) -> Verification:
+        """Compares a collection's index with its store, and all bytes with their checksums."""
+        return await self._send(calls.verify(collection))
+
+    async def backup(self, name: str) -> BackupInfo:
+        """Copies all collections into the server's folder of backups while it serves."""
+        return await self._send(calls.backup(name))
+
+    async def restore(self, backup: str, collection: str, *, name: str = "") -> CollectionInfo:
+        """Brings back one collection of a backup, under its own name or a new one."""
+        return await self._send(calls.restore(backup, collection, name))
 
     # --- sending --------------------------------------------------------------------------------
 

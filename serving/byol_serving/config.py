@@ -41,6 +41,8 @@ class ServeConfig:
     """Encoder bundle to load; without one the server answers only for vectors made elsewhere."""
     store: Path | None = None
     """Folder of the collections; without one the server only embeds."""
+    backups: Path | None = None
+    """Folder of backups; without one Backup and Restore are refused."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every interface."""
     port: int = 50051

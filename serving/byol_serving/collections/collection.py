@@ -8,24 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-from byol_serving.collections import checks, database, loading, rows, snapshot
+from byol_serving.collections import checks, database, loading, paging, rows, snapshot
 from byol_serving.collections.database import Database
 from byol_serving.collections.disk import publish
 from byol_serving.collections.exact import Found, Positions
 from byol_serving.collections.filters import Filter
 from byol_serving.collections.index import Index, IndexOptions, View
 from byol_serving.collections.matching import Matching
+from byol_serving.collections.ranking import ranked
 from byol_serving.collections.sql import compile_filter
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
     Item,
     Metadata,
+    Page,
     UpsertCounts,
     Vectors,
+    Verification,
 )
 from byol_serving.collections.upkeep import Upkeep
-from byol_serving.collections.verifying import Verification, compare
+from byol_serving.collections.verifying import compare
 from byol_serving.errors import ByolError, UnknownId
 
 _ATTEMPTS = 3
@@ -78,6 +81,8 @@ class LocalCollection:
             encoder_id=self.encoder_id,
             count=view.count,
             index=view.approximate.kind if view.approximate else "flat",
+            version=view.seq,
+            recall=None if view.approximate else 1.0,
         )
 
     def verify(self) -> Verification:
@@ -167,6 +172,27 @@ class LocalCollection:
             for row, text in (found[each],)
         ]
 
+    def page(
+        self,
+        after: str,
+        limit: int,
+        *,
+        condition: Filter | None = None,
+        with_metadata: bool = True,
+        with_vectors: bool = False,
+    ) -> Page:
+        """Up to `limit` items after a page's `after`. See `types.Collection`."""
+        self._view()
+        with self._database.reading() as connection:
+            return paging.page(
+                connection,
+                paging.row_of(after),
+                limit,
+                condition,
+                with_metadata=with_metadata,
+                with_vectors=with_vectors,
+            )
+
     def search(
         self,
         queries: Vectors,
@@ -245,10 +271,12 @@ class LocalCollection:
         view = self._view()
         if condition is None:
             checks.k_of(k, view.count)
-            return view, self._index.search(view, unit, k)
+            return view, ranked(lambda n: self._index.search(view, unit, n), k, view.count)
         view, chosen = self._matching.positions(condition)
         checks.k_of(k, view.count)
-        return view, self._index.search_among(view, unit, k, chosen)
+        return view, ranked(
+            lambda n: self._index.search_among(view, unit, n, chosen), k, view.count
+        )
 
     def _hits(
         self,

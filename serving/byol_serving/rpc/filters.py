@@ -14,6 +14,8 @@ The tree is what a collection takes; see `byol_serving.collections.filters`.
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from google.protobuf.struct_pb2 import Value
+
 from byol_serving.collections.filters import (
     All,
     Any,
@@ -42,10 +44,10 @@ def from_message(message: pb.Filter) -> Filter:
     """
     match message.WhichOneof("condition"):
         case "equals":
-            value = _scalar(value_to_json(message.equals.value))
+            value = scalar_of(message.equals.value)
             return Equals(_key(message.equals.key), value)
         case "one_of":
-            values = tuple(_scalar(value_to_json(each)) for each in message.one_of.values)
+            values = tuple(scalar_of(each) for each in message.one_of.values)
             return In(_key(message.one_of.key), values)
         case "range":
             given = {each: getattr(message.range, each) for each in _BOUNDS if _has(message, each)}
@@ -152,6 +154,11 @@ def _key(key: str) -> str:
     if not key:
         raise InvalidRequest("a filter's key is empty; name a metadata key")
     return key
+
+
+def scalar_of(message: Value) -> Scalar:
+    """A string, number or boolean. Raises InvalidRequest for another value."""
+    return _scalar(value_to_json(message))
 
 
 def _scalar(value: object) -> Scalar:

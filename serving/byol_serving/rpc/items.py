@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from byol_serving.collections.types import CollectionInfo, Hit, Item
+from byol_serving.collections.grouping import HitGroup
+from byol_serving.collections.types import CollectionInfo, Hit, Item, Verification
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.convert import (
     embeddings_to_tensor,
+    json_to_value,
     metadata_to_struct,
     struct_to_metadata,
     tensor_to_vectors,
 )
+from byol_serving.rpc.filters import scalar_of
 
 
 def collection_message(info: CollectionInfo) -> pb.Collection:
@@ -22,6 +25,8 @@ def collection_message(info: CollectionInfo) -> pb.Collection:
         encoder_id=info.encoder_id,
         count=info.count,
         index=info.index,
+        version=info.version,
+        recall=info.recall,
     )
 
 
@@ -33,6 +38,22 @@ def collection_info(message: pb.Collection) -> CollectionInfo:
         encoder_id=message.encoder_id,
         count=message.count,
         index=message.index,
+        version=message.version if message.HasField("version") else None,
+        recall=message.recall if message.HasField("recall") else None,
+    )
+
+
+def verification_message(found: Verification) -> pb.VerifyCollectionResponse:
+    """What a comparison of index and store found."""
+    return pb.VerifyCollectionResponse(
+        stored=found.stored, indexed=found.indexed, problems=found.problems
+    )
+
+
+def verification_value(message: pb.VerifyCollectionResponse) -> Verification:
+    """The reverse of `verification_message`."""
+    return Verification(
+        stored=message.stored, indexed=message.indexed, problems=tuple(message.problems)
     )
 
 
@@ -58,15 +79,34 @@ def hits_message(hits: Sequence[Hit]) -> pb.Hits:
 
 def hits_value(message: pb.Hits) -> list[Hit]:
     """The reverse of `hits_message`."""
+    return list(map(_hit_value, message.hits))
+
+
+def groups_message(groups: Sequence[HitGroup]) -> pb.Hits:
+    """The grouped neighbours of one query."""
+    return pb.Hits(
+        groups=[
+            pb.HitGroup(value=json_to_value(each.value), hits=map(_hit_message, each.hits))
+            for each in groups
+        ]
+    )
+
+
+def groups_value(message: pb.Hits) -> list[HitGroup]:
+    """The reverse of `groups_message`."""
     return [
-        Hit(
-            id=hit.id,
-            score=hit.score,
-            metadata=struct_to_metadata(hit.metadata),
-            vector=_vector(hit),
-        )
-        for hit in message.hits
+        HitGroup(value=scalar_of(each.value), hits=list(map(_hit_value, each.hits)))
+        for each in message.groups
     ]
+
+
+def _hit_value(hit: pb.Hit) -> Hit:
+    return Hit(
+        id=hit.id,
+        score=hit.score,
+        metadata=struct_to_metadata(hit.metadata),
+        vector=_vector(hit),
+    )
 
 
 def _hit_message(hit: Hit) -> pb.Hit:
