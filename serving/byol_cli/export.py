@@ -27,6 +27,11 @@ from byol_cli.output import emit, json_option
     help="Labelled images: what the precision costs in kNN accuracy.",
 )
 @click.option("--features", help="Stages whose dense maps to offer too, like layer3,layer4.")
+@click.option(
+    "--whiten",
+    type=click.Path(path_type=Path, exists=True),
+    help="Images, best those trained on: give all directions of the embedding the same variance.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at --out.")
 @json_option
 def command(
@@ -38,6 +43,7 @@ def command(
     precision: Literal["fp32", "fp16", "int8"],
     measure_on: Path | None,
     features: str | None,
+    whiten: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -45,7 +51,8 @@ def command(
 
     \b
     Example:  byol export runs/photos --out bundles/photos
-    Smaller:  byol export runs/photos --out bundles/photos-int8 --precision int8
+              byol export runs/photos --out bundles/photos-int8 --precision int8
+              byol export runs/photos --out bundles/photos-white --whiten photos/
     """
     from byol_training.export import export_run
 
@@ -58,6 +65,7 @@ def command(
         precision=precision,
         measure_on=measure_on,
         features=features.split(",") if features else (),
+        whiten_on=whiten,
         overwrite=overwrite,
     )
     emit(

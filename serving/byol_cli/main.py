@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "The whole path on real images, in minutes.",
     "train": "Pretrain an encoder on unlabelled images.",
     "evaluate": "Measure a trained run or a bundle.",
+    "report": "Put a trained run on one HTML page.",
     "export": "Turn a trained run into an encoder bundle.",
     "serve": "Serve a bundle and its collections over gRPC.",
     "embed": "Embed a folder or archive into files.",
@@ -89,6 +90,8 @@ def _missing(error: ModuleNotFoundError) -> str:
             extra = "cpu"
         case "pyarrow":
             extra = "parquet"
+        case "pymilvus":
+            extra = "milvus"
         case "skimage" | "sklearn":
             extra = "demo"
         case _:

@@ -11,7 +11,7 @@ from byol_serving.errors import InvalidConfig
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="Encoder bundle to load.")
-@click.option("--store", type=click.Path(path_type=Path), help="Folder of the collections.")
+@click.option("--store", help="Folder of the collections, or milvus:ADDRESS.")
 @click.option("--backups", type=click.Path(path_type=Path), help="Folder of their backups.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=50051, show_default=True, help="Port; 0 lets the system choose.")

@@ -37,6 +37,11 @@ from byol_serving.errors import InvalidConfig
     show_default=True,
     help="Side of the stored images over the views': 1.5 keeps detail for small crops.",
 )
+@click.option(
+    "--eval-every",
+    type=click.IntRange(min=1),
+    help="Epochs between scores while training: kNN where there are labels, and label-free.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
 @json_option
 def command(
@@ -44,6 +49,7 @@ def command(
     out: Path,
     config: Path | None,
     store_scale: float,
+    eval_every: int | None,
     resume: bool,
     as_json: bool,
     **changes: Any,
@@ -55,11 +61,12 @@ def command(
               byol train photos/ --out runs/photos --encoder resnet18 --image-size 96
               byol train photos/ --out runs/photos --resume
 
-    Labels are never used. The run directory holds config.json, metrics.jsonl, rejected.jsonl and
-    checkpoints; stop it with Ctrl-C and go on with --resume.
+    Labels are never learned from. The run directory holds config.json, metrics.jsonl,
+    rejected.jsonl and checkpoints; stop it with Ctrl-C and go on with --resume.
     """
     from byol_training.config import TrainConfig
     from byol_training.data import load_images
+    from byol_training.online import OnlineScores
     from byol_training.pretrain import Progress, pretrain
 
     if resume and config is None and (out / "config.json").exists():
@@ -68,6 +75,7 @@ def command(
     given = {name: value for name, value in changes.items() if value is not None}
     settings = dataclasses.replace(settings, **given)
     images = load_images(source, round(settings.image_size * store_scale))
+    scores = OnlineScores(images, settings, out, every=eval_every) if eval_every else None
     last: list[Progress] = []
     with training_bar(quiet=as_json) as on_step:
 
@@ -76,13 +84,14 @@ def command(
             if on_step is not None:
                 on_step(now)
 
-        pretrain(images, settings, out, resume=resume, on_step=follow)
+        pretrain(images, settings, out, resume=resume, on_step=follow, on_epoch=scores)
     emit(
         {
             "run": out,
             "images": len(images.names),
             "rejected": len(images.rejected),
             **(asdict(last[0]) if last else {}),
+            **({f"eval_{name}": value for name, value in scores.last.items()} if scores else {}),
             "next": f"byol export {out} --out bundles/{out.name}",
         },
         as_json,

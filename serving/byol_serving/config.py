@@ -39,8 +39,9 @@ class ServeConfig:
 
     bundle: Path | None = None
     """Encoder bundle to load; without one the server answers only for vectors made elsewhere."""
-    store: Path | None = None
-    """Folder of the collections; without one the server only embeds."""
+    store: Path | str | None = None
+    """Folder of the collections, or `milvus:` and an address (see `collections.opening`); without
+    one the server only embeds."""
     backups: Path | None = None
     """Folder of backups; without one Backup and Restore are refused."""
     host: str = "127.0.0.1"

@@ -23,7 +23,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from byol_serving.bundle import load_bundle
-from byol_serving.collections.store import Store
+from byol_serving.collections.opening import open_store
+from byol_serving.collections.types import Store
 from byol_serving.config import ServeConfig, TlsConfig
 from byol_serving.encoder import Device, Encoder
 from byol_serving.errors import InvalidConfig
@@ -108,7 +109,7 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
             model = await asyncio.to_thread(_load, config, watching)
             models.add(model)
             models.default = model.name
-        store = None if config.store is None else await asyncio.to_thread(Store, config.store)
+        store = None if config.store is None else await asyncio.to_thread(open_store, config.store)
         if store is not None:
             stack.push_async_callback(asyncio.to_thread, store.close)
         blocking = BlockingCalls(config.collection_workers)

@@ -17,6 +17,7 @@ COMMANDS = [
     "demo",
     "train",
     "evaluate",
+    "report",
     "export",
     "serve",
     "embed",

@@ -35,7 +35,7 @@ def test_fields_left_out_keep_their_defaults() -> None:
         ({"epochs": "ten"}, "epochs cannot be 'ten'"),
         ({"epochs": True}, "epochs cannot be True"),
         ({"augment": {"first": {"crop_scale": [0.1]}}}, "augment.first.crop_scale cannot be"),
-        ({"encoder": "vgg"}, "encoder cannot be 'vgg'; it must be one of small, resnet18"),
+        ({"encoder": "vgg"}, "encoder 'vgg' is unknown; choose one of small, resnet18"),
         ({"head": 5}, "head cannot be 5; it must be HeadConfig"),
     ],
 )
@@ -47,7 +47,10 @@ def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tau_base": 1.1}, {"batch_size": 1}, {"encoder": "vgg"}, {"stem": "big"}, {"max_steps": 0}],
+    [
+        *({"tau_base": 1.1}, {"batch_size": 1}, {"encoder": "vgg"}, {"stem": "big"}),
+        *({"max_steps": 0}, {"accumulate": 3}, {"views": 1}, {"compile": "maybe"}),
+    ],
 )
 def test_values_outside_limits_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match=str(next(iter(changes.values())))):

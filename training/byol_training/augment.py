@@ -48,6 +48,10 @@ class ViewDraw:
     solarise: Tensor
     """bool [B]."""
 
+    def rows(self, part: slice) -> "ViewDraw":
+        """The draw of some of the images."""
+        return ViewDraw(**{name: value[part] for name, value in vars(self).items()})
+
 
 def two_views(
     images: Tensor, config: AugmentConfig, size: int, generator: torch.Generator
@@ -63,11 +67,28 @@ def two_views(
     Returns:
         Two float32 [B, 3, size, size], normalised.
     """
-    side, count = images.shape[1], images.shape[0]
-    draws = [draw_view(view, count, side, generator) for view in (config.first, config.second)]
-    first = apply_view(images, config.first, draws[0], size)
-    second = apply_view(images, config.second, draws[1], size)
-    return normalise(first, config), normalise(second, config)
+    draws = draw_views(config, len(images), images.shape[1], generator)
+    first, second = apply_views(images, config, draws, size)
+    return first, second
+
+
+def draw_views(
+    config: AugmentConfig, count: int, side: int, generator: torch.Generator, *, views: int = 2
+) -> list[ViewDraw]:
+    """All chance for `views` views of each of `count` images, from T and T' in turn."""
+    return [draw_view(_of_view(config, i), count, side, generator) for i in range(views)]
+
+
+def apply_views(
+    images: Tensor, config: AugmentConfig, draws: list[ViewDraw], size: int
+) -> list[Tensor]:
+    """The views that `draws` decided on: float32 [B, 3, size, size] each, normalised."""
+    views = [apply_view(images, _of_view(config, i), d, size) for i, d in enumerate(draws)]
+    return [normalise(view, config) for view in views]
+
+
+def _of_view(config: AugmentConfig, position: int) -> ViewConfig:
+    return config.second if position % 2 else config.first
 
 
 def normalise(images: Tensor, config: AugmentConfig) -> Tensor:

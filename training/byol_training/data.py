@@ -55,6 +55,11 @@ class Images:
     fingerprint: str
     """sha256, in hex, over names and sizes in bytes: tells one data set from another."""
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the pixels are a memory-mapped file."""
+        return isinstance(self.pixels, np.memmap)
+
     def __len__(self) -> int:
         """How many images there are."""
         return len(self.names)
@@ -76,6 +81,7 @@ def load_images(
     workers: int | None = None,
     resize: Literal["short_side", "squash"] = "short_side",
     only: Collection[str] | None = None,
+    crop_fraction: float = 1.0,
 ) -> Images:
     """Reads every image under a folder, or in a tar archive.
 
@@ -87,11 +93,12 @@ def load_images(
         workers: decoding threads; as many as there are processors by default.
         resize: short_side keeps the aspect and the centre; squash keeps everything.
         only: names, as `list_images` gives them, to read; all by default.
+        crop_fraction: part of the short side that the centre crop keeps.
 
     Raises:
         InvalidSource: nothing there, unreadable, or not one readable image in it.
     """
-    how = decoding.Preprocess(size=size, resize=resize)
+    how = decoding.Preprocess(size=size, resize=resize, crop_fraction=crop_fraction)
     wanted = None if only is None else frozenset(only)
     if source.is_dir():
         names = [name for name in _scan(source) if wanted is None or name in wanted]

@@ -39,11 +39,13 @@ from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidBundle, InvalidSource
 from byol_serving.images import Pixels, Preprocess, to_input
 from byol_training.checkpoint import find_checkpoint, load_checkpoint, load_encoder
+from byol_training.data import load_images
 from byol_training.feature_export import feature_facts, features_parity
 from byol_training.precision_cost import Labelled, load_labelled, precision_cost
 from byol_training.pretrain import SAMPLES_FILE
 from byol_training.quantize import quantize
 from byol_training.served import ServedEncoder, ServedFeatures
+from byol_training.whitening import Whitening, fit_whitening
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -66,6 +68,7 @@ def export_bundle(
     precision: Precision = "fp32",
     labelled: Labelled | None = None,
     features: Sequence[str] = (),
+    whitening: Whitening | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Exports, checks and writes a bundle.
@@ -86,6 +89,7 @@ def export_bundle(
             several times as fast on a CPU.
         labelled: measures the change of kNN accuracy too, where the precision is not fp32.
         features: stages of the encoder whose dense feature maps the bundle offers too.
+        whitening: of the encoder's outputs, becomes the graph's last layer before normalisation.
         overwrite: replace a bundle at `path`.
 
     Raises:
@@ -94,8 +98,8 @@ def export_bundle(
         InvalidConfig: the encoder has no such stage.
         AlreadyExists: `path` exists and `overwrite` is off.
     """
-    served = ServedEncoder(encoder.cpu().to(memory_format=torch.contiguous_format), mean, std)
-    served.eval()
+    plain = encoder.cpu().to(memory_format=torch.contiguous_format)
+    served = ServedEncoder(plain, mean, std, whitening).eval()
     wanted = served.embed(samples)
     maps = feature_facts(served, samples[:1], features)
     model = _to_onnx(served, samples[:2], features)
@@ -147,6 +151,7 @@ def export_run(
     precision: Precision = "fp32",
     measure_on: Path | None = None,
     features: Sequence[str] = (),
+    whiten_on: Path | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Exports the online encoder of a run directory; raises as `export_bundle` does.
@@ -161,11 +166,12 @@ def export_run(
         measure_on: a folder or tar with class sub-folders: measures what the precision costs in
             kNN accuracy.
         features: see `export_bundle`.
+        whiten_on: images, best those of the run, to fit a whitening of the embedding on.
         overwrite: replace a bundle at `path`.
 
     Raises:
-        InvalidSource: the run has no checkpoint, or a damaged one, or no samples; or `measure_on`
-            has no labels.
+        InvalidSource: the run has no checkpoint, or a damaged one, or no samples; `measure_on` has
+            no labels; or there are too few images to whiten on.
     """
     newest = find_checkpoint(run)
     encoder, config = load_encoder(newest)
@@ -176,6 +182,11 @@ def export_run(
         raise InvalidSource(
             f"{run / SAMPLES_FILE} cannot be read ({error}); it is written by byol train"
         ) from error
+    whitening = None
+    if whiten_on is not None:
+        images = load_images(whiten_on, preprocess.size, crop_fraction=crop_fraction)
+        served = ServedEncoder(encoder, config.augment.mean, config.augment.std)
+        whitening = fit_whitening(served.embed(images.pixels, normalised=False))
     return export_bundle(
         encoder,
         path,
@@ -189,6 +200,7 @@ def export_run(
         precision=precision,
         labelled=None if measure_on is None else load_labelled(measure_on, preprocess),
         features=features,
+        whitening=whitening,
         overwrite=overwrite,
     )
 

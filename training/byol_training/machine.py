@@ -4,9 +4,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from byol_serving.errors import InvalidConfig
-from byol_training.config import Precision
+from byol_training.config import Compile, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,17 @@ def choose_machine(device: str, precision: Precision) -> Machine:
         reason = str(error).splitlines()[0]
         raise InvalidConfig(f"device {device!r} cannot be used ({reason}); try auto") from error
     return Machine(device=chosen, bf16=precision == "bf16" or _fast_bf16(chosen, precision))
+
+
+def compile_networks(model: nn.Module, wanted: Compile, machine: Machine) -> None:
+    """torch.compile for `model`, in place; what cannot be compiled goes on without.
+
+    On processors `auto` leaves it out: measured, see docs/training.md.
+    """
+    if wanted == "off" or (wanted == "auto" and machine.device.type != "cuda"):
+        return
+    torch._dynamo.config.suppress_errors = True  # falls back, with a line in the log
+    model.compile()
 
 
 def _fast_bf16(device: torch.device, precision: Precision) -> bool:

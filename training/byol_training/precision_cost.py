@@ -12,7 +12,7 @@ from byol_serving.bundle import cosine_distance
 from byol_serving.errors import InvalidSource
 from byol_serving.images import Pixels, Preprocess, to_input
 from byol_training.data import list_images, load_images
-from byol_training.evaluate import knn_accuracy
+from byol_training.neighbours import knn_accuracy
 from byol_training.quantize import split
 from byol_training.served import ServedEncoder
 

@@ -103,7 +103,8 @@ class Approximate:
     @classmethod
     def load(cls, kind: ApproximateKind, path: Path, dim: int) -> "Approximate":
         """Reads a file that `save` wrote, its checksum already verified. Raises ValueError."""
-        index = faiss.downcast_index(faiss.read_index(str(path)))
+        # read_index gives the concrete class. A downcast of its answer would not keep that alive.
+        index = faiss.read_index(str(path))
         wanted = faiss.IndexHNSWFlat if kind == "hnsw" else faiss.IndexIVFFlat
         if not isinstance(index, wanted) or index.d != dim:
             raise ValueError(f"{path} holds no {kind} index of {dim} dimensions")
@@ -162,12 +163,13 @@ class Approximate:
 
 
 def _lists_for(count: int) -> int:
-    return int(np.clip(4 * math.sqrt(count), 16, 65_536))
+    # FAISS wants 39 training vectors a list.
+    return int(np.clip(min(4 * math.sqrt(count), count // 39), 1, 65_536))
 
 
 def _trained_ivf(vectors: Vectors) -> Any:
     count, dim = vectors.shape
-    lists = min(_lists_for(count), max(1, count // 39))  # FAISS wants 39 training vectors a list
+    lists = _lists_for(count)
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.spherical = True  # centroids of unit vectors compared by inner product
     sample = np.random.default_rng(0).permutation(count)[: lists * _TRAIN_PER_LIST]

@@ -20,6 +20,7 @@ from byol_serving.collections.sql import compile_filter
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
+    IndexKind,
     Item,
     Metadata,
     Page,
@@ -29,7 +30,7 @@ from byol_serving.collections.types import (
 )
 from byol_serving.collections.upkeep import Upkeep
 from byol_serving.collections.verifying import compare
-from byol_serving.errors import ByolError, UnknownId
+from byol_serving.errors import ByolError, InvalidRequest, StoreCorrupt, UnknownId
 
 _ATTEMPTS = 3
 
@@ -51,11 +52,9 @@ class LocalCollection:
         self._database = Database(folder / database.FILE, read_only=read_only)
         try:
             with self._database.reading() as connection:
-                meta = rows.meta_of(connection)
-                self._uuid = str(meta["uuid"])
-                self.dim = int(meta["dim"])
-                self.encoder_id = str(meta["encoder_id"])
-                self._index = Index(self.dim, checks.index_kind(str(meta["index"])), options)
+                facts = _facts(rows.meta_of(connection), folder)
+                self._uuid, self.dim, self.encoder_id, kind = facts
+                self._index = Index(self.dim, kind, options)
                 covered = loading.fill(
                     self._index, connection, folder, self._uuid, repair=not read_only
                 )
@@ -165,7 +164,7 @@ class LocalCollection:
                 if each not in found:
                     raise self._unknown(each)
             wanted = [row for row, _ in found.values()] if with_vectors else []
-            vectors = rows.vectors_by_row(connection, wanted)
+            vectors = rows.vectors_by_row(connection, wanted, self.dim)
         return [
             Item(id=each, metadata=json.loads(text), vector=vectors.get(row))
             for each in ids
@@ -186,6 +185,7 @@ class LocalCollection:
         with self._database.reading() as connection:
             return paging.page(
                 connection,
+                self.dim,
                 paging.row_of(after),
                 limit,
                 condition,
@@ -303,6 +303,18 @@ class LocalCollection:
             _row_hits(view, s[m], p[m], texts if with_metadata else None, with_vectors)
             for s, p, m in zip(scores, positions, kept, strict=True)
         ]
+
+
+def _facts(meta: dict[str, str | int], folder: Path) -> tuple[str, int, str, IndexKind]:
+    """Uuid, dimension, encoder and index kind. Raises StoreCorrupt."""
+    try:
+        kind = checks.index_kind(str(meta["index"]))
+        dim = checks.dimension(int(meta["dim"]))
+        return str(meta["uuid"]), dim, str(meta["encoder_id"]), kind
+    except (KeyError, TypeError, ValueError, InvalidRequest) as error:
+        raise StoreCorrupt(
+            f"the facts of {folder} are damaged ({error}): restore it from a backup"
+        ) from error
 
 
 def _row_hits(

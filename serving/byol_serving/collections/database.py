@@ -33,6 +33,8 @@ MIGRATIONS: tuple[str, ...] = (
     );
     CREATE TABLE vectors (row INTEGER PRIMARY KEY, crc INTEGER NOT NULL, vector BLOB NOT NULL);
     """,
+    # What changed since a moment, without reading every item: a filter's answer is kept up to date.
+    "CREATE INDEX items_seq ON items (seq)",
 )
 """Step i brings a file from schema version i (`user_version`) to i + 1, in one transaction."""
 
@@ -53,8 +55,14 @@ def explained(path: Path) -> Iterator[None]:
                 raise StoreCorrupt(
                     f"{path} is damaged ({error}): restore it from a backup"
                 ) from error
+            case _ if "Could not decode to UTF-8" in str(error):  # Python's own, without a code
+                raise StoreCorrupt(
+                    f"{path} is damaged ({error}): restore it from a backup"
+                ) from error
             case _:
                 raise StoreError(f"{path}: {error}: check the disk and retry") from error
+    except UnicodeDecodeError as error:
+        raise StoreCorrupt(f"{path} is damaged ({error}): restore it from a backup") from error
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror or error}: check the disk and retry") from error
 
@@ -88,7 +96,8 @@ class Database:
             try:
                 connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
                 _set_up(connection)
-                _step(connection, 0)
+                for step in range(len(MIGRATIONS)):
+                    _step(connection, step)
                 connection.execute("BEGIN")
                 rows = [*meta.items(), ("seq", 0)]
                 connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)

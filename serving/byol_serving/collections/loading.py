@@ -27,7 +27,7 @@ def fill(
         StoreCorrupt: a vector fails its checksum, or items and vectors do not belong together.
     """
     seq = table.seq_of(connection)
-    ids, rows = _items(connection)
+    ids, rows = _items(connection, folder)
     loaded = snapshot.newest(folder, collection, index.dim, seq, repair=repair)
     above = 0
     if loaded is not None and not _from_snapshot(index, loaded, rows, ids):
@@ -79,10 +79,13 @@ def _from_snapshot(index: Index, loaded: snapshot.Loaded, rows: Positions, ids: 
     return True
 
 
-def _items(connection: sqlite3.Connection) -> tuple[list[str], Positions]:
+def _items(connection: sqlite3.Connection, folder: Path) -> tuple[list[str], Positions]:
     cursor = connection.execute("SELECT row, id FROM items ORDER BY row")
     found = cursor.fetchall()
-    return [each for _, each in found], np.fromiter((row for row, _ in found), np.int64, len(found))
+    ids = [each for _, each in found]
+    if not all(isinstance(each, str) for each in ids):
+        raise _torn(folder)
+    return ids, np.fromiter((row for row, _ in found), np.int64, len(found))
 
 
 def _torn(folder: Path) -> StoreCorrupt:

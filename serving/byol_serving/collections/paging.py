@@ -30,6 +30,7 @@ def limit_of(limit: int) -> int:
 
 def page(
     connection: sqlite3.Connection,
+    dim: int,
     row: int,
     limit: int,
     condition: Filter | None,
@@ -37,14 +38,14 @@ def page(
     with_metadata: bool,
     with_vectors: bool,
 ) -> Page:
-    """Up to `limit` items above a row, as `types.Collection.page` gives them."""
+    """Up to `limit` items above a row, vectors float32 [dim]; see `types.Collection.page`."""
     limit_of(limit)
     where = compile_filter(condition or All(()))
     statement = f"SELECT row, id FROM items WHERE row > ? AND {where.sql} ORDER BY row LIMIT ?"
     found = connection.execute(statement, (row, *where.params, limit + 1)).fetchall()
     kept = dict(found[:limit])
     texts = rows.texts_by_row(connection, list(kept)) if with_metadata else {}
-    vectors = rows.vectors_by_row(connection, list(kept)) if with_vectors else {}
+    vectors = rows.vectors_by_row(connection, list(kept), dim) if with_vectors else {}
     items = [
         Item(id=each, metadata=json.loads(texts.get(row, "{}")), vector=vectors.get(row))
         for row, each in kept.items()

@@ -30,6 +30,18 @@ def vector_crc(row: int, vector: bytes | memoryview) -> int:
     return zlib.crc32(vector, row & 0xFFFFFFFF)
 
 
+def text_holds(row_id: object, metadata: object, crc: object) -> bool:
+    """Whether what was read is what was written. Damage can also change a value's type."""
+    return (
+        isinstance(row_id, str) and isinstance(metadata, str) and text_crc(row_id, metadata) == crc
+    )
+
+
+def vector_holds(row: int, vector: object, crc: object, dim: int) -> bool:
+    """Whether what was read is what was written, and of `dim` float32 values."""
+    return isinstance(vector, bytes) and len(vector) == dim * 4 and vector_crc(row, vector) == crc
+
+
 def meta_of(connection: sqlite3.Connection) -> dict[str, str | int]:
     """The collection's facts and its change sequence (`seq`)."""
     return dict(connection.execute("SELECT key, value FROM meta").fetchall())
@@ -131,13 +143,15 @@ def texts_by_row(connection: sqlite3.Connection, rows: Sequence[int]) -> dict[in
     return found
 
 
-def vectors_by_row(connection: sqlite3.Connection, rows: Sequence[int]) -> dict[int, Vectors]:
-    """Vectors (float32 [D]) of what exists of `rows`. Raises StoreCorrupt."""
+def vectors_by_row(
+    connection: sqlite3.Connection, rows: Sequence[int], dim: int
+) -> dict[int, Vectors]:
+    """Vectors (float32 [dim]) of what exists of `rows`. Raises StoreCorrupt."""
     found: dict[int, Vectors] = {}
     for chunk in _chunks(rows):
         statement = f"SELECT row, crc, vector FROM vectors WHERE row IN ({_marks(chunk)})"
         for row, crc, blob in connection.execute(statement, chunk):
-            if vector_crc(row, blob) != crc:
+            if not vector_holds(row, blob, crc, dim):
                 raise _corrupt_vector(connection, row)
             found[row] = np.frombuffer(blob, dtype="<f4")
     return found
@@ -152,7 +166,7 @@ def vectors_above(
     )
     while found := cursor.fetchmany(at_once):
         for each, crc, blob in found:
-            if len(blob) != dim * 4 or vector_crc(each, blob) != crc:
+            if not vector_holds(each, blob, crc, dim):
                 raise _corrupt_vector(connection, each)
         joined = b"".join([blob for _, _, blob in found])
         yield [each for each, _, _ in found], np.frombuffer(joined, dtype="<f4").reshape(-1, dim)
@@ -167,7 +181,7 @@ def _corrupt_vector(connection: sqlite3.Connection, row: int) -> StoreCorrupt:
 
 
 def _checked_text(row_id: str, crc: int, text: str) -> str:
-    if text_crc(row_id, text) != crc:
+    if not text_holds(row_id, text, crc):
         raise StoreCorrupt(
             f"the metadata of item {row_id!r} fails its checksum: upsert it again or restore it"
         )

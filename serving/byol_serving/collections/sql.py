@@ -135,7 +135,7 @@ def _range(key: str, bounds: Range) -> Compiled:
     ):
         if bound is None:
             continue
-        if math.isnan(bound):
+        if isinstance(bound, float) and math.isnan(bound):
             return _NEVER
         operator, bound = _representable(operator, bound)
         tests.append(f"{{value}} {operator} ?")

@@ -53,7 +53,7 @@ class Hit:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """Consecutive items in the order they were stored."""
+    """Consecutive items, in the order they were stored (in Milvus: in the order of their ids)."""
 
     items: Sequence[Item]
     after: str
@@ -160,7 +160,7 @@ class Collection(Protocol):
     ) -> list[list[Hit]]:
         """The k nearest of each query (float32 [Q, dim]), best first; exact under any filter.
 
-        Equal scores are in the order their items were stored, so that the k best are always the
+        Equal scores are in the order of pages, so that the k best are always the
         beginning of the k + 1 best (of an exact index; an approximate one may find more with more).
         Fewer than k come back where fewer items match the filter or reach min_score.
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from byol_serving.collections.exact import unpack
 from byol_serving.collections.index import View
-from byol_serving.collections.rows import text_crc, vector_crc
+from byol_serving.collections.rows import text_holds, vector_holds
 from byol_serving.collections.types import Verification
 
 _MAX_NAMED = 100
@@ -16,7 +16,7 @@ def compare(view: View, connection: sqlite3.Connection, dim: int) -> Verificatio
     """Compares a view with the transaction of the same moment."""
     problems = [
         f"database: {line}"
-        for (line,) in connection.execute("PRAGMA quick_check(20)")
+        for (line,) in connection.execute("PRAGMA integrity_check(20)")
         if line != "ok"
     ]
     living = np.flatnonzero(unpack(view.alive, view.size))
@@ -29,9 +29,9 @@ def compare(view: View, connection: sqlite3.Connection, dim: int) -> Verificatio
     for row, row_id, crc, metadata, blob_crc, blob in connection.execute(statement):
         stored += 1
         position = positions.pop(row, None)
-        if text_crc(row_id, metadata) != crc:
+        if not text_holds(row_id, metadata, crc):
             problems.append(f"item {row_id!r}: its metadata fails its checksum")
-        if blob is None or len(blob) != dim * 4 or vector_crc(row, blob) != blob_crc:
+        if not vector_holds(row, blob, blob_crc, dim):
             problems.append(f"item {row_id!r}: its vector is missing or fails its checksum")
         elif position is None:
             problems.append(f"item {row_id!r}: it is not in the index")
