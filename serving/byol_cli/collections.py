@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from byol_cli import analysis, items
+from byol_cli.index_kinds import index_option
 from byol_cli.options import LONG_S, connected, server_option, store_option
 from byol_cli.output import emit, json_option, table
 
@@ -57,13 +58,7 @@ def list_(server: str, store: Path | None, as_json: bool) -> None:
 @click.argument("name")
 @click.option("--dim", default=0, help="Dimension; default: the loaded encoder's.")
 @click.option("--encoder-id", default="", help="Default: the loaded encoder's.")
-@click.option(
-    "--index",
-    type=click.Choice(["flat", "hnsw", "ivf", "auto"]),
-    default="flat",
-    show_default=True,
-    help="Flat is exact; auto chooses by size.",
-)
+@index_option(default="flat")
 @server_option
 @json_option
 def create(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from byol_cli.index_kinds import index_option
 from byol_cli.offline import (
     encoder_options,
     finish,
@@ -43,14 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--server", default="127.0.0.1:50051", show_default=True, help="Or the server that has it."
 )
-@click.option(
-    "--index",
-    "kind",
-    type=click.Choice(["flat", "hnsw", "ivf", "auto"]),
-    default="flat",
-    show_default=True,
-    help="Of a collection that is made. Flat is exact; auto chooses by size.",
-)
+@index_option(default="flat")
 @click.option(
     "--journal",
     type=click.Path(path_type=Path, file_okay=False),
@@ -68,7 +62,7 @@ def command(
     collection: str,
     store: Path | None,
     server: str,
-    kind: "IndexKind",
+    index: "IndexKind",
     journal: Path | None,
     quiet: bool,
     as_json: bool,
@@ -94,9 +88,9 @@ def command(
     bundle = load_bundle(bundle_path)
     encoders = load_encoders(bundle, device, threads)
     opened = (
-        _in_store(store, collection, bundle.info, kind)
+        _in_store(store, collection, bundle.info, index)
         if store is not None
-        else _on_server(server, collection, bundle.info, kind)
+        else _on_server(server, collection, bundle.info, index)
     )
     with opened as (target, folder), offline_bar(quiet or as_json) as on_progress:
         plan = EmbedPlan(source=source, out=journal or folder / place, **settings)
@@ -106,7 +100,7 @@ def command(
 
 @contextmanager
 def _in_store(
-    path: Path, name: str, encoder: "BundleInfo", kind: "IndexKind"
+    path: Path, name: str, encoder: "BundleInfo", index: "IndexKind"
 ) -> "Iterator[tuple[Target, Path]]":
     """The collection, and a folder in it for journals, so that they are dropped with it."""
     from byol_serving.collections.store import Store
@@ -116,14 +110,14 @@ def _in_store(
         try:
             found = store.get(name)
         except UnknownCollection:
-            found = store.create(name, dim=encoder.dim, encoder_id=encoder.encoder_id, index=kind)
+            found = store.create(name, dim=encoder.dim, encoder_id=encoder.encoder_id, index=index)
         _check(found.info, encoder)
         yield found, path / name / "indexing"
 
 
 @contextmanager
 def _on_server(
-    address: str, name: str, encoder: "BundleInfo", kind: "IndexKind"
+    address: str, name: str, encoder: "BundleInfo", index: "IndexKind"
 ) -> "Iterator[tuple[Target, Path]]":
     """The collection behind a server, and a folder of this user's for journals."""
     from byol_serving.client import Client
@@ -134,7 +128,7 @@ def _on_server(
             info = client.collection(name)
         except UnknownCollection:
             info = client.create_collection(
-                name, dim=encoder.dim, encoder_id=encoder.encoder_id, index=kind
+                name, dim=encoder.dim, encoder_id=encoder.encoder_id, index=index
             )
         _check(info, encoder)
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")

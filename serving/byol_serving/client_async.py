@@ -24,7 +24,7 @@ from byol_serving.client_batches import (
     QueryLike,
 )
 from byol_serving.client_calls import BackupInfo, Call, EncoderInfo, FeatureMaps, Retry, Target
-from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
+from byol_serving.client_channel import OPTIONS, ClientTls, bearer, byol_error, environment_tls
 from byol_serving.client_search import SearchOptions
 from byol_serving.client_trace import traced
 from byol_serving.collections.grouping import HitGroup
@@ -54,6 +54,7 @@ class AsyncClient:
         timeout: float = 60.0,
         retry: Retry | None = None,
         tls: ClientTls | None = None,
+        token: str | None = None,
         batch_size: int = 64,
         concurrency: int = 4,
     ) -> None:
@@ -63,10 +64,13 @@ class AsyncClient:
             address: host:port.
             timeout: seconds for a call with all its tries.
             retry: how often and how fast to try again.
-            tls: plain text without it.
+            tls: without it what BYOL_TLS_CA, BYOL_TLS_CERT and BYOL_TLS_KEY name, else plain text.
+            token: to show with each call; by default that of BYOL_TOKEN.
             batch_size: images in one request; longer lists are split.
             concurrency: requests in flight for a list that was split.
         """
+        tls = tls or environment_tls()
+        self._credentials = bearer(token)
         self._channel = (
             grpc.aio.insecure_channel(address, OPTIONS)
             if tls is None
@@ -414,7 +418,8 @@ class AsyncClient:
 
     async def _send(self, call: Call[Out], *, offset: int = 0) -> Out:
         """Sends a call, again where that is safe and promises something."""
-        with traced(call.method) as metadata:
+        with traced(call.method) as trace:
+            metadata = (*self._credentials, *trace)
             return await self._try(call, offset, metadata)
 
     async def _try(self, call: Call[Out], offset: int, metadata: Sequence[tuple[str, str]]) -> Out:

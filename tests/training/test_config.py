@@ -1,12 +1,14 @@
 """Configurations survive JSON; what is wrong in one is refused by name."""
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from byol_serving.errors import InvalidConfig
-from byol_training.config import OptimizerConfig, TrainConfig, ViewConfig
+from byol_training.config import AugmentConfig, HeadConfig, OptimizerConfig, TrainConfig, ViewConfig
 
 
 @pytest.mark.parametrize("config", [TrainConfig(), TrainConfig.small(max_seconds=60, seed=3)])
@@ -62,3 +64,16 @@ def test_view_limits() -> None:
         ViewConfig(hue=0.6)
     with pytest.raises(InvalidConfig, match="crop_scale"):
         ViewConfig(crop_scale=(0.9, 0.1))
+
+
+def test_every_setting_is_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for kind, prefix in (
+        (TrainConfig, ""),
+        (OptimizerConfig, "optimizer."),
+        (HeadConfig, "head."),
+        (AugmentConfig, "augment."),
+        (ViewConfig, "augment.first.` / `second.` `"),
+    ):
+        for field in dataclasses.fields(kind):
+            assert f"| `{prefix}{field.name}` |" in text, field.name

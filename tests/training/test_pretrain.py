@@ -365,3 +365,20 @@ def test_tensorboard(tmp_path: Path) -> None:
     lines = metrics(tmp_path)
     assert [p.step for p in points] == [line["step"] for line in lines]
     assert [p.value for p in points] == pytest.approx([line["loss"] for line in lines])
+
+
+def test_bf16_learns_as_fp32_does(tmp_path: Path) -> None:
+    """The same seed in both: the losses stay the same to within their noise."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
+    images = images_from_arrays(coarse.repeat(4, axis=1).repeat(4, axis=2))
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        optimizer = OptimizerConfig(name="adamw", lr=0.02, warmup_epochs=0)
+        config = tiny_config(
+            batch_size=32, max_steps=30, log_every=10, precision=precision, optimizer=optimizer
+        )
+        pretrain(images, config, tmp_path / precision)
+        losses[precision] = [line["loss"] for line in metrics(tmp_path / precision)]
+    assert losses["fp32"][-1] < 0.9 * losses["fp32"][0]  # something was learned
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.1)

@@ -43,6 +43,7 @@ class Feed:
         self._names = images.names
         self._world = world or World()
         self._pixels = torch.from_numpy(images.pixels)
+        self._shapes = None if images.shapes is None else torch.from_numpy(images.shapes)
         if device.type == "cuda" and self._fits_on_device():
             self._pixels = self._pixels.to(device)
         ahead = images.on_disk or (device.type == "cuda" and self._pixels.device.type == "cpu")
@@ -67,6 +68,7 @@ class Feed:
             rows.shape[1],
             self._generator,
             views=self.config.views,
+            shapes=None if self._shapes is None else self._shapes[self._index(step)],
         )
         part = self._part(micro)
         views = apply_views(

@@ -44,7 +44,7 @@ class OnlineScores:
         self._per_epoch = max(1, len(images) // config.batch_size)
         held, bank = _spread_out(len(images))
         self._held, self._bank = (_inputs(images, rows, config) for rows in (held, bank))
-        self._views = draw_views(images.pixels[held], config.augment, config.image_size)
+        self._views = draw_views(images.squares(held), config.augment, config.image_size)
         self._labels = None if images.labels is None else (images.labels[bank], images.labels[held])
         self._before: Embeddings | None = None
 
@@ -100,9 +100,10 @@ def _at_most(rows: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
 def _inputs(images: Images, rows: NDArray[np.int64], config: TrainConfig) -> Pixels:
     """As the encoder will be served: stored images may be larger than the views."""
     how = Preprocess(size=config.image_size)
-    if images.pixels.shape[1] == config.image_size:
-        return images.pixels[rows]
-    return np.stack([to_input(images.pixels[row], how) for row in rows])
+    squares = images.squares(rows)
+    if squares.shape[1] == config.image_size:
+        return squares
+    return np.stack([to_input(square, how) for square in squares])
 
 
 def _device(model: Byol) -> torch.device:

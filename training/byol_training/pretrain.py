@@ -28,7 +28,7 @@ from byol_training.meter import LostRun, Meter, Progress
 from byol_training.run_dir import SAMPLES_FILE, RunDirectory
 from byol_training.weights import start_from
 
-__all__ = ["SAMPLES_FILE", "Progress", "Stop", "build_model", "pretrain"]
+__all__ = ["SAMPLES_FILE", "Progress", "Stop", "build_model", "gradients", "pretrain"]
 
 
 class Stop(Exception):
@@ -56,8 +56,8 @@ def pretrain(
             resumed ends with the very weights of one that was not (on a CPU bit for bit, except
             under `max_seconds`, whose plan follows the clock).
         on_step: called in the leading process at every reading of the loss (`config.log_every`).
-        on_epoch: called with the model and the steps done after every pass over the images, and at
-            the end; it must leave weights, modes and torch's global generators as they are.
+        on_epoch: called there with the model and the steps done after every pass over the images,
+            and at the end; it must leave weights, modes and torch's global generators as they are.
 
     Returns:
         The model, in train mode, on the device it was trained on.
@@ -94,16 +94,16 @@ def pretrain(
     step, saved, stopped = run.step, run.step, False
     while step < meter.steps and not stopped:
         lr = _set_learning_rate(optimizer, config, step, meter.steps, feed)
-        optimizer.zero_grad(set_to_none=True)
-        loss, projections = _accumulate(network, feed, step, config.accumulate, machine)
+        loss, projections = gradients(network, feed, step, config.accumulate, machine)
         guard.apply()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         tau = _tau(config, step, meter.steps, feed)
         model.update_target(tau)  # once a step, however many micro-batches it had
         step += 1
         meter.add(loss)
         if on_epoch is not None and (step % feed.steps_per_epoch == 0 or step >= meter.steps):
-            stopped = world.decide(_stops(on_epoch, model, step))
+            stopped = world.decide(world.leads and _stops(on_epoch, model, step))
         due = step % save_every == 0
         if due or meter.is_due(step):
             progress = _read(meter, step, projections, feed, config, run)
@@ -130,10 +130,14 @@ def build_model(config: TrainConfig) -> Byol:
     )
 
 
-def _accumulate(
+def gradients(
     network: nn.Module, feed: Feed, step: int, micro_batches: int, machine: Machine
 ) -> tuple[Tensor, Tensor]:
-    """Leaves the step's gradients in the parameters; returns its loss and the last projections."""
+    """Views, forward and backward of a step: its gradients are left in the parameters.
+
+    Returns:
+        Its loss, and the projections of its last micro-batch, both detached.
+    """
     total: Tensor | None = None
     for micro in range(micro_batches):
         views = feed.views(step, micro)

@@ -114,7 +114,7 @@ class RunDirectory:
         rejected = [json.dumps(dataclasses.asdict(r)) + "\n" for r in images.rejected]
         _write(self.folder / "rejected.jsonl", "".join(rejected))
         rows = np.linspace(0, len(images) - 1, min(SAMPLES, len(images))).astype(int)
-        np.save(self.folder / SAMPLES_FILE, images.pixels[rows])
+        np.save(self.folder / SAMPLES_FILE, images.squares(rows))
         _write(self._metrics, "".join(self._lines_so_far()))
         if self._config.tensorboard:
             # Imported here: it takes seconds, and few want it.

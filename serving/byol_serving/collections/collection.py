@@ -17,6 +17,7 @@ from byol_serving.collections.index import Index, IndexOptions, View
 from byol_serving.collections.matching import Matching
 from byol_serving.collections.ranking import ranked
 from byol_serving.collections.sql import compile_filter
+from byol_serving.collections.stats import IndexStats, stats_of
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
@@ -81,8 +82,12 @@ class LocalCollection:
             count=view.count,
             index=view.approximate.kind if view.approximate else "flat",
             version=view.seq,
-            recall=None if view.approximate else 1.0,
+            recall=view.approximate.tuning.recall if view.approximate else 1.0,
         )
+
+    def stats(self) -> IndexStats:
+        """How the index stands: what answers, its measured recall, what waits, its memory."""
+        return stats_of(self._index, self._view())
 
     def verify(self) -> Verification:
         """Compares the index with the store, and all stored bytes with their checksums."""
@@ -202,17 +207,23 @@ class LocalCollection:
         min_score: float | None = None,
         with_metadata: bool = True,
         with_vectors: bool = False,
+        effort: int | None = None,
     ) -> list[list[Hit]]:
-        """The k nearest of each query (float32 [Q, dim]), best first. See `types.Collection`."""
+        """The k nearest of each query (float32 [Q, dim]), best first. See `types.Collection`.
+
+        `effort` replaces, for this call, what the index was tuned to: lists that are read (IVF) or
+        the width of the walk (HNSW). An exact index needs none.
+        """
         unit = checks.unit_vectors(queries, self.dim)
+        checks.effort(effort)
         for _ in range(_ATTEMPTS):
-            view, found = self._find(unit, k, condition)
+            view, found = self._find(unit, k, condition, effort)
             hits = self._hits(view, found, min_score, with_metadata, with_vectors)
             if hits is not None:
                 return hits
         # A hit was deleted each time between the search and the reading of its metadata.
         with self._writing:
-            view, found = self._find(unit, k, condition)
+            view, found = self._find(unit, k, condition, effort)
             hits = self._hits(view, found, min_score, with_metadata, with_vectors)
         assert hits is not None
         return hits
@@ -267,15 +278,17 @@ class LocalCollection:
         self._upkeep.changed(len(gone))
         return len(gone)
 
-    def _find(self, unit: Vectors, k: int, condition: Filter | None) -> tuple[View, Found]:
+    def _find(
+        self, unit: Vectors, k: int, condition: Filter | None, effort: int | None
+    ) -> tuple[View, Found]:
         view = self._view()
         if condition is None:
             checks.k_of(k, view.count)
-            return view, ranked(lambda n: self._index.search(view, unit, n), k, view.count)
+            return view, ranked(lambda n: self._index.search(view, unit, n, effort), k, view.count)
         view, chosen = self._matching.positions(condition)
         checks.k_of(k, view.count)
         return view, ranked(
-            lambda n: self._index.search_among(view, unit, n, chosen), k, view.count
+            lambda n: self._index.search_among(view, unit, n, chosen, effort), k, view.count
         )
 
     def _hits(

@@ -13,7 +13,9 @@ from byol_serving.collections.filters import Filter
 Vectors = NDArray[np.float32]
 Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
 Metadata = Mapping[str, Json]
-IndexKind = Literal["flat", "hnsw", "ivf", "auto"]
+IndexKind = Literal[
+    "flat", "hnsw", "hnsw-sq8", "ivf", "ivf-fp16", "ivf-sq8", "ivf-pq", "ivf-rabitq", "auto"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -410,6 +410,8 @@ def test_what_milvus_cannot_do_it_says_by_name(tmp_path: Path) -> None:
     made.upsert(["a"], VECTORS[:1])
     with pytest.raises(InvalidRequest, match="milvus backend, which holds 4096 terms"):
         made.upsert(["b"], VECTORS[:1], [{f"k{n}": n for n in range(2000)}])
+    with pytest.raises(InvalidRequest, match="milvus backend takes at most 65536"):
+        made.upsert(["b"], VECTORS[:1], [{"text": "x" * 65_536}])
     graph = store.create(next(NAMES), dim=DIM, encoder_id="e", index="hnsw")
     graph.upsert(IDS, VECTORS)
     assert (graph.info.index, graph.info.recall) == ("hnsw", None)

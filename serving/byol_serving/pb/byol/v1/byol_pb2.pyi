@@ -385,7 +385,7 @@ class CreateCollectionRequest(google.protobuf.message.Message):
     encoder_id: builtins.str
     """Empty: the loaded encoder's. Vectors made elsewhere: any name you choose."""
     index: builtins.str
-    """flat (default), hnsw, ivf or auto."""
+    """flat (default), hnsw, hnsw-sq8, ivf, ivf-fp16, ivf-sq8, ivf-pq, ivf-rabitq or auto."""
     def __init__(
         self,
         *,
