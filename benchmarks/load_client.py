@@ -46,10 +46,11 @@ async def load(
     latencies: list[float] = []
     failed = answered = 0
     begin = asyncio.Event()
+    stopping = False
 
     async def client(send: Send) -> None:
         nonlocal failed, answered
-        while True:
+        while not stopping:
             sent = time.perf_counter()
             try:
                 good = await send(next(bodies)) >= answer_bytes
@@ -70,9 +71,8 @@ async def load(
     await asyncio.sleep(seconds)
     took, used = time.perf_counter() - began, time.process_time() - cpu
     counted = list(latencies)
-    for each in clients:
-        each.cancel()
-    await asyncio.gather(*clients, return_exceptions=True)
+    stopping = True  # and not cancelled: peers were seen to hang after calls that were given up
+    await asyncio.gather(*clients)
     return {"latencies": counted, "seconds": took, "failed": failed, "client_cpu_s": used}
 
 
@@ -90,10 +90,12 @@ async def grpc_sender(setup: dict[str, Any], clients: int) -> list[Send]:
 
 
 async def http_sender(setup: dict[str, Any], clients: int) -> list[Send]:
-    """A connection for each client, kept from window to window."""
+    """A connection for each client, new in each window: servers end those that were idle."""
     host, _, port = setup["address"].rpartition(":")
-    while len(_connections) < clients:
-        _connections.append(await asyncio.open_connection(host, int(port)))
+    while _connections:
+        _connections.pop()[1].close()
+    opening = (asyncio.open_connection(host, int(port)) for _ in range(clients))
+    _connections.extend(await asyncio.gather(*opening))
     head = (
         f"POST {setup['method']} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {setup['content']}\r\n"
     )
