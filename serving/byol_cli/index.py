@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from byol_cli.index_kinds import index_option
 from byol_cli.offline import Engine, engine_options, finish, offline_bar, plan_options, quiet_option
+from byol_cli.options import index_option
 from byol_cli.output import json_option
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--server", default="127.0.0.1:50051", show_default=True, help="Or the server that has it."
 )
-@index_option(default="flat")
+@index_option("flat")
 @click.option(
     "--journal",
     type=click.Path(path_type=Path, file_okay=False),
