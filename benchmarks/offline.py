@@ -2,24 +2,25 @@
 
 ResNet-18 at 224 on photographs, and with the small-image stem at 32 on CIFAR-10, both exported
 with untrained weights. `decode` reads and decodes and nothing else, in as many threads as ours;
-`encode` embeds pixels that are there already. On a CPU both want the same cores, so that the bound
-of any pipeline is 1 / (1 / decode + 1 / encode); on a GPU it is the lower of the two. `ours` is the
-whole run, journal and Parquet files included; `ray` the same on a local Ray cluster.
+`processes` does that in as many processes. `encode` embeds pixels that are there already. On a CPU
+both want the same cores, so that the bound of any pipeline is 1 / (1 / decode + 1 / encode); on a
+GPU it is the lower of the two. `ours` is the whole run, journal and Parquet files included; `ray`
+the same on a local Ray cluster.
 """
 
 import importlib.util
+import multiprocessing
 import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,13 +32,14 @@ from byol_serving.indexing.pipeline import ahead, run
 from byol_serving.indexing.plan import EmbedPlan
 from byol_serving.indexing.sinks import ParquetSink
 from byol_serving.indexing.sources import Entry, open_source
-from byol_serving.indexing.stages import Decoded, decode
+from byol_serving.indexing.stages import Decoded, Rejected, decode
 from byol_training.config import AugmentConfig
 from byol_training.data import list_images, load_images
 from byol_training.encoders import build_encoder
 from byol_training.export import export_bundle
 from harness import Options, Rate, interleaved, options, report
 
+THREADS = EmbedPlan(source="", out=Path()).threads
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -66,10 +68,12 @@ def main() -> None:
         on_ray = chosen.peers and importlib.util.find_spec("ray") is not None
         if on_ray:
             stack.enter_context(ray_session())
+        spawn = multiprocessing.get_context("spawn")
+        processes = stack.enter_context(ProcessPoolExecutor(THREADS, mp_context=spawn))
         for case in cases:
             if not case.images.exists():
                 raise SystemExit(f"{case.images} is not there; see benchmarks/README.md")
-            found = measure(case, Path(scratch) / case.name, chosen, on_ray=on_ray)
+            found = measure(case, Path(scratch) / case.name, chosen, processes, on_ray=on_ray)
             ours, bound = found["ours"].median, found["bound"].median
             ratios[f"vs_bound_{case.name}"] = ours / bound
             if on_ray:
@@ -80,18 +84,21 @@ def main() -> None:
     report("offline", chosen, results, ratios, packages=packages, facts=facts)
 
 
-def measure(case: Case, scratch: Path, chosen: Options, *, on_ray: bool) -> dict[str, Rate]:
+def measure(
+    case: Case, scratch: Path, chosen: Options, processes: Executor, *, on_ray: bool
+) -> dict[str, Rate]:
     """Every candidate's images/s, and the bound, round by round."""
     scratch.mkdir()
     bundle = export(case, scratch / "bundle")
     encoder = Encoder(bundle)
-    entries = list(islice(open_source(case.images).entries(), case.count))
-    source = unpack(entries, scratch / "images")
+    source = unpack(islice(open_source(case.images).entries(), case.count), scratch / "images")
+    entries = list(open_source(source).entries())
     how = bundle.info.preprocess
     pixels = np.stack([each.pixels for each in decoded(entries, how) if isinstance(each, Decoded)])
     numbers = count()
     candidates: dict[str, Callable[[], float]] = {
         "decode": partial(decode_limit, entries, how),
+        "processes": partial(decode_limit, entries, how, processes),
         "encode": partial(encode_limit, encoder, pixels),
         "ours": lambda: ours(source, bundle, encoder, scratch / f"out-{next(numbers)}", case.count),
     }
@@ -123,7 +130,7 @@ def export(case: Case, path: Path) -> Bundle:
     )
 
 
-def unpack(entries: list[Entry], folder: Path) -> Path:
+def unpack(entries: Iterable[Entry], folder: Path) -> Path:
     """The images as files; in the page cache afterwards, so that no run waits for the disk."""
     for entry in entries:
         path = folder / entry.name
@@ -132,18 +139,22 @@ def unpack(entries: list[Entry], folder: Path) -> Path:
     return folder
 
 
-def decoded(entries: list[Entry], how: Preprocess) -> Iterator[Any]:
-    """What the decode stage gives for each entry."""
+def decoded(
+    entries: Iterable[Entry], how: Preprocess, processes: Executor | None = None
+) -> Iterator[Decoded | Rejected]:
+    """What the decode stage gives for each entry: in threads, or in processes, 16 at a time."""
     call = partial(decode, how=how, limits=ImageLimits(), ids="name")
-    threads = EmbedPlan(source="", out=Path()).threads
-    with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(call, entries, chunksize=1)
+    if processes is not None:
+        yield from processes.map(call, entries, chunksize=16)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(call, entries)
 
 
-def decode_limit(entries: list[Entry], how: Preprocess) -> float:
+def decode_limit(entries: list[Entry], how: Preprocess, processes: Executor | None = None) -> float:
     """Reading and decoding alone."""
     began = time.perf_counter()
-    deque(decoded(entries, how), maxlen=0)
+    deque(decoded(entries, how, processes), maxlen=0)
     return len(entries) / (time.perf_counter() - began)
 
 
