@@ -1,10 +1,12 @@
 """BYOL training throughput: ours, the bare step of the same network, and lightly's recipe.
 
-CIFAR-10 images (or random ones where there are none), ResNet-18 with the small-image stem,
-heads of 4096 and 256. `bare` is the forward and backward of both networks on random tensors, in the
-same precision and layout: no augmentation, no input, no optimiser, no metrics.
+CIFAR-10 images (or random ones where there are none), ResNet-18 with the small-image stem, heads of
+4096 and 256, recipe `cifar`. `bare` is the forward and backward of both networks on random tensors,
+in the same precision and layout: no views, no input, no optimiser, no metrics. `lightly` runs
+as its documentation shows, in fp32 and the default layout, with its own optimiser and transform.
 """
 
+import dataclasses
 import itertools
 import tempfile
 import time
@@ -15,12 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from byol_training.config import HeadConfig, TrainConfig
+from byol_training.config import TrainConfig
 from byol_training.data import images_from_arrays, list_images, load_images
 from byol_training.feed import Feed
+from byol_training.guards import SpikeGuard
 from byol_training.lars import build_optimizer
-from byol_training.machine import Machine, choose_machine
-from byol_training.pretrain import build_model
+from byol_training.machine import Machine, choose_machine, compile_networks
+from byol_training.meter import Meter
+from byol_training.parallel import World
+from byol_training.pretrain import build_model, gradients
+from byol_training.recipes import load_recipe
 from harness import Options, Peer, Rate, interleaved, options, report
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.tar"
@@ -31,9 +37,7 @@ def main() -> None:
     """Measures and prints."""
     chosen = options(__doc__ or "")
     batch, steps, repeats = (32, 1, 3) if chosen.quick else (256, 1, 5)
-    config = TrainConfig.small(
-        encoder="resnet18", batch_size=batch, head=HeadConfig(hidden=4096, out=256)
-    )
+    config = dataclasses.replace(load_recipe("cifar").config, batch_size=batch)
     pixels = real_images(max(batch * 2, 512))
     candidates: dict[str, Callable[[], float]] = {}
     for precision in ("auto", "fp32"):
@@ -57,23 +61,32 @@ def main() -> None:
 def our_steps(
     pixels: NDArray[np.uint8], config: TrainConfig, machine: Machine, steps: int
 ) -> Callable[[], float]:
-    """Everything that `pretrain` does in a step: input, views, both networks, optimiser, EMA."""
-    model = build_model(config).to(machine.device, memory_format=torch.channels_last).train()
+    """All that `pretrain` does in a step, and a reading of its metrics after each few of them.
+
+    Input, views, both networks, the guard, the optimiser and the average; `pretrain` itself reads
+    the metrics seldomer.
+    """
+    model = build_model(config).to(machine.device).train()
+    model.to(memory_format=torch.channels_last)
+    compile_networks(model, config.compile, machine)
     optimizer = build_optimizer(model.trained_parameters(), config.optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    guard = SpikeGuard(model.trained_parameters(), config.optimizer.spike_factor)
     feed = Feed(images_from_arrays(pixels), config, config.batch_size, machine.device)
+    meter = Meter(config, feed, guard, World(), done=0, steps=None, seconds=0.0)
     numbers = itertools.count()
 
     def measure() -> float:
         started = time.perf_counter()
         for number in itertools.islice(numbers, steps):
-            first, second = feed.views(number)
-            with machine.autocast():
-                loss, _ = model(first, second)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss, projections = gradients(model, feed, number, 1, machine)
+            guard.apply()
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             model.update_target(0.99)
-        wait(machine)
+            meter.add(loss)
+        meter.read(number + 1, projections)  # waits for the device
         return steps * config.batch_size / (time.perf_counter() - started)
 
     return measure
@@ -81,7 +94,7 @@ def our_steps(
 
 def bare_steps(config: TrainConfig, machine: Machine, steps: int) -> Callable[[], float]:
     """Forward and backward on tensors that are there already: the limit."""
-    model = build_model(config).to(machine.device, memory_format=torch.channels_last).train()
+    model = build_model(config).to(machine.device).to(memory_format=torch.channels_last).train()
     views = torch.randn(2, config.batch_size, 3, SIZE, SIZE, device=machine.device)
     first, second = (each.contiguous(memory_format=torch.channels_last) for each in views)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from byol_cli.progress import training_bar
 from byol_serving.client import Client
@@ -22,14 +21,13 @@ from byol_serving.collections.types import Hit
 from byol_serving.errors import Unavailable
 from byol_training import demo_data
 from byol_training.config import TrainConfig
+from byol_training.contact_sheet import neighbour_sheet
 from byol_training.data import Images, common_labels, load_images, read_images
 from byol_training.demo_data import Part
-from byol_training.encoders import build_encoder
-from byol_training.evaluate import Embeddings, Labels, knn_accuracy, pixel_embeddings
+from byol_training.evaluate import pixel_embeddings, untrained
 from byol_training.export import export_run
+from byol_training.neighbours import Embeddings, Labels, knn_accuracy
 from byol_training.pretrain import pretrain
-from byol_training.report import neighbour_sheet
-from byol_training.served import ServedEncoder
 
 Item = TypeVar("Item")
 
@@ -102,10 +100,10 @@ def run_demo(data: str, out: Path, *, train_seconds: float, quiet: bool) -> Demo
     _draw(picture, bank, queries, answers)
     example.write_bytes(next(read_images(held.queries.source, queries.names[:1]))[1])
     labels = common_labels(bank, queries)
-    untrained = _untrained(config)
+    fresh = untrained(config)
     return DemoResult(
         knn_trained=_knn(labels, bank_vectors, query_vectors),
-        knn_untrained=_knn(labels, untrained.embed(bank.pixels), untrained.embed(queries.pixels)),
+        knn_untrained=_knn(labels, fresh.embed(bank.pixels), fresh.embed(queries.pixels)),
         knn_pixels=_knn(labels, pixel_embeddings(bank.pixels), pixel_embeddings(queries.pixels)),
         parity_max_cosine_distance=bundle.info.scores["parity_max_cosine_distance"],
         indexed=len(bank),
@@ -129,13 +127,6 @@ def _knn(
     if labels is None:
         return None
     return knn_accuracy(bank, labels[0], queries, labels[1])
-
-
-def _untrained(config: TrainConfig) -> ServedEncoder:
-    """The same architecture with initial weights; batch norm learns its statistics from nothing."""
-    torch.manual_seed(config.seed)
-    encoder = build_encoder(config.encoder, config.stem)
-    return ServedEncoder(encoder, config.augment.mean, config.augment.std)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`byol evaluate`: is the encoder any good, with labels and without."""
 
+import json
 from pathlib import Path
 
 import click
@@ -15,24 +16,29 @@ from byol_cli.output import emit, json_option, table
     type=click.Path(path_type=Path, exists=True),
     help="Labelled images held back from SOURCE; default: every sixth of SOURCE.",
 )
+@click.option("--device", default="auto", show_default=True, help="Of a run's encoder.")
 @json_option
-def command(run: Path, source: Path, queries: Path | None, as_json: bool) -> None:
-    """Measure the trained RUN on SOURCE: kNN, linear probe, retrieval, and label-free measures.
+def command(run: Path, source: Path, queries: Path | None, device: str, as_json: bool) -> None:
+    """Measure RUN, a trained run or a bundle, on the images in SOURCE, a folder or a tar.
 
-    Class sub-folders are the labels. Without them only the label-free measures are given. Beside
-    the encoder stand the same encoder untrained, and raw pixels.
+    Class sub-folders are the labels: kNN, retrieval, linear probes, few-shot. Without them only the
+    label-free measures are given. Beside the encoder stand the same encoder untrained, and raw
+    pixels. In a run directory the scores are kept as evaluation.json, for byol report.
 
     \b
     Example:  byol evaluate runs/photos photos/ --queries held-back/
+              byol evaluate bundles/photos photos/
     """
-    from byol_training.evaluate import evaluate_run
+    from byol_training.evaluate import EVALUATION_FILE, evaluate, is_run
 
-    scores = evaluate_run(run, source, queries)
+    scores = evaluate(run, source, queries, device=device)
+    if is_run(run):
+        (run / EVALUATION_FILE).write_text(json.dumps(scores, indent=2) + "\n")
     if as_json:
         emit(scores, as_json)
         return
-    measures = list(next(iter(scores.values())))
     rows = [
-        (name.replace("_", " "), *(each[name] for each in scores.values())) for name in measures
+        (measure.replace("_", " "), *(each.get(measure) for each in scores.values()))
+        for measure in scores["trained"]
     ]
     table(["measure", *scores], rows)

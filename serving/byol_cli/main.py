@@ -16,12 +16,15 @@ COMMANDS = {
     "demo": "The whole path on real images, in minutes.",
     "train": "Pretrain an encoder on unlabelled images.",
     "evaluate": "Measure a trained run or a bundle.",
+    "report": "Put a trained run on one HTML page.",
     "export": "Turn a trained run into an encoder bundle.",
     "serve": "Serve a bundle and its collections over gRPC.",
     "embed": "Embed a folder or archive into files.",
     "index": "Embed a folder or archive into a collection.",
     "search": "Find an image's nearest neighbours.",
-    "collections": "List, create, inspect and drop collections.",
+    "collections": "Make, inspect, back up and analyse collections.",
+    "models": "List, load, switch and unload a server's encoders.",
+    "token": "Make an access token for a server.",
     "doctor": "Say what this machine offers and lacks.",
 }
 
@@ -89,6 +92,8 @@ def _missing(error: ModuleNotFoundError) -> str:
             extra = "cpu"
         case "pyarrow":
             extra = "parquet"
+        case "pymilvus":
+            extra = "milvus"
         case "skimage" | "sklearn":
             extra = "demo"
         case _:

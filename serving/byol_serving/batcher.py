@@ -10,6 +10,7 @@ all steps. Over it a request is refused at once, before any work is spent on it.
 
 import asyncio
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_serving.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
+from byol_serving.timing import BatchRun, Step, note
 
 Item = TypeVar("Item")
 Results = TypeVar("Results", bound=Sequence[object] | NDArray[np.generic])
@@ -43,6 +45,9 @@ class _Job(Generic[Item, Results]):
     sent: int = 0
     done: int = 0
     parts: dict[int, Results] = field(default_factory=dict)
+    queued: float = field(default_factory=time.perf_counter)
+    began: float = 0.0
+    ended: float = 0.0
 
 
 _Slice = tuple[_Job[Item, Results], int, int]
@@ -62,6 +67,7 @@ class Batcher(Generic[Item, Results]):
         workers: int = 1,
         share: bool = False,
         name: str = "batch",
+        watch: Callable[[BatchRun], None] | None = None,
     ) -> None:
         """Starts nothing yet; threads come with the first batches.
 
@@ -70,10 +76,12 @@ class Batcher(Generic[Item, Results]):
                 threads at a time. If it raises, every request in the batch gets the exception.
             max_batch: items in one call of `run`.
             workers: calls of `run` at a time.
-            share: divide what is queued among the free workers (for work whose cost is the same in
-                small batches, such as decoding) instead of filling one batch.
-            name: of the threads.
+            share: divide what is queued among the free workers instead of filling one batch.
+            name: of the threads, and of the step in a call's times.
+            watch: told of each batch when it is done, on the event loop.
         """
+        self._name = name
+        self._watch = watch
         self._run = run
         self._max_batch = max_batch
         self._share = share
@@ -117,7 +125,9 @@ class Batcher(Generic[Item, Results]):
             # leave together, and nothing waits longer than the loop would have taken anyway.
             self._pump_scheduled = True
             loop.call_soon(self._pump, loop)
-        return await job.future
+        results = await job.future
+        note(Step(self._name, len(items), job.queued, job.began, job.ended))
+        return results
 
     async def close(self) -> None:
         """Fails what is queued, waits for the batches in the workers, and ends the threads."""
@@ -142,24 +152,42 @@ class Batcher(Generic[Item, Results]):
             self._pool.submit(self._work, loop, slices)
 
     def _take(self, size: int) -> list[_Slice[Item, Results]]:
-        """Up to `size` queued items, leaving out the requests that nobody waits for any more."""
+        """Up to `size` queued items, leaving out the requests that nobody waits for any more.
+
+        A batch ends before the earliest deadline in it, as far as the present pace tells: it stays
+        smaller for a request that is short of time. (One that will be late even alone does not
+        shrink it: that would help nobody.)
+        """
         slices: list[_Slice[Item, Results]] = []
+        taken = 0
         now = time.monotonic()
-        while self._queue and size > 0:
+        while self._queue and size > taken:
             job = self._queue.popleft()
             left = len(job.items) - job.sent
             if not _wanted(job, now):
                 self._queued -= left
                 continue
-            count = min(left, size)
+            in_time = self._in_time(job, now)
+            if in_time <= taken:
+                self._queue.appendleft(job)  # it goes first the next time, in a smaller batch
+                break
+            size = min(size, in_time)
+            count = min(left, size - taken)
+            job.began = job.began or time.perf_counter()
             slices.append((job, job.sent, job.sent + count))
             job.sent += count
-            size -= count
+            taken += count
             self._queued -= count
             if count < left:
                 # To the end of the line: a huge request must not keep small ones waiting.
                 self._queue.append(job)
         return slices
+
+    def _in_time(self, job: _Job[Item, Results], now: float) -> int:
+        """Size up to which a batch with this job in it ends before the job's deadline."""
+        if job.deadline is None or self.seconds_per_item == 0:
+            return sys.maxsize
+        return int((job.deadline - now) / self.seconds_per_item) or sys.maxsize
 
     def _work(self, loop: asyncio.AbstractEventLoop, slices: list[_Slice[Item, Results]]) -> None:
         """Runs in a worker thread."""
@@ -188,7 +216,7 @@ class Batcher(Generic[Item, Results]):
         self._free += 1
         self.seconds_per_item += (seconds - self.seconds_per_item) * 0.2
         self._pump(loop)  # first, so that the worker is busy again while answers are handed out
-        offset = 0
+        offset, ended = 0, time.perf_counter()
         for job, start, end in slices:
             count = end - start
             if not job.future.done():
@@ -198,8 +226,12 @@ class Batcher(Generic[Item, Results]):
                     job.parts[start] = cast(Results, results[offset : offset + count])
                     job.done += count
                     if job.done == len(job.items):
+                        job.ended = ended
                         job.future.set_result([job.parts[at] for at in sorted(job.parts)])
             offset += count
+        if self._watch is not None:
+            waits = [job.began - job.queued for job, start, _ in slices if start == 0]
+            self._watch(BatchRun(offset, seconds * offset, waits))
 
 
 def _wanted(job: _Job[Item, Results], now: float) -> bool:

@@ -1,6 +1,7 @@
 """The encoder bundle: the one thing that training hands to serving, a directory of three files.
 
-    encoder.onnx   images uint8 [N, S, S, 3] RGB -> embedding float32 [N, D], L2-normalised
+    encoder.onnx   images uint8 [N, S, S, 3] RGB -> embedding float32 [N, D], L2-normalised,
+                   and dense feature maps float32 [N, C, H, W] where the export was asked for them
     bundle.json    what it is, how bytes become pixels, where it came from, what it scored
     golden.npz     a few inputs and the embeddings PyTorch gave for them
 
@@ -35,11 +36,13 @@ GOLDEN_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "int8": 5e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMap:
-    """A dense output of the graph, float32 [N, channels, S / stride, S / stride]."""
+    """A dense output of the graph, float32 [N, channels, side, side]."""
 
     name: str
     channels: int
+    side: int
     stride: int
+    """Input pixels from one column, or row, to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)

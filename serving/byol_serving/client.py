@@ -25,33 +25,56 @@ from numpy.typing import NDArray
 
 from byol_serving import client_batches
 from byol_serving import client_calls as calls
+from byol_serving import client_search as searching
+from byol_serving.client_analysis import Analysis
 from byol_serving.client_async import AsyncClient
-from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
-from byol_serving.client_calls import Call, EncoderInfo, Retry, SearchOptions
-from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
+from byol_serving.client_batches import (
+    DTypeName,
+    Embeddings,
+    ExampleLike,
+    Examples,
+    ImageLike,
+    ItemId,
+    QueryLike,
+)
+from byol_serving.client_calls import BackupInfo, Call, EncoderInfo, FeatureMaps, Retry, Target
+from byol_serving.client_channel import OPTIONS, ClientTls, bearer, byol_error, environment_tls
+from byol_serving.client_search import SearchOptions
+from byol_serving.client_trace import traced
+from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
     IndexKind,
+    IndexStats,
     Item,
     Metadata,
     UpsertCounts,
+    Verification,
 )
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.filters import Where
 
 __all__ = [
     "AsyncClient",
+    "BackupInfo",
     "Client",
     "ClientTls",
     "CollectionInfo",
     "EncoderInfo",
+    "ExampleLike",
+    "Examples",
+    "FeatureMaps",
     "Hit",
+    "HitGroup",
     "ImageLike",
+    "IndexStats",
     "Item",
+    "ItemId",
     "Retry",
     "SearchOptions",
     "UpsertCounts",
+    "Verification",
 ]
 
 In = TypeVar("In")
@@ -68,6 +91,7 @@ class Client:
         timeout: float = 60.0,
         retry: Retry | None = None,
         tls: ClientTls | None = None,
+        token: str | None = None,
         batch_size: int = 64,
         concurrency: int = 4,
     ) -> None:
@@ -77,10 +101,13 @@ class Client:
             address: host:port.
             timeout: seconds for a call with all its tries.
             retry: how often and how fast to try again.
-            tls: plain text without it.
+            tls: without it what BYOL_TLS_CA, BYOL_TLS_CERT and BYOL_TLS_KEY name, else plain text.
+            token: to show with each call; by default that of BYOL_TOKEN.
             batch_size: images in one request; longer lists are split.
             concurrency: requests in flight for a list that was split.
         """
+        tls = tls or environment_tls()
+        self._credentials = bearer(token)
         self._channel = (
             grpc.insecure_channel(address, OPTIONS)
             if tls is None
@@ -92,6 +119,8 @@ class Client:
         self._concurrency = concurrency
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="byol-client")
         self._methods: dict[str, Callable[..., Any]] = {}
+        self.analysis = Analysis(self._send)
+        """Duplicates, outliers, labels and pairs."""
 
     def close(self) -> None:
         """Ends the connection."""
@@ -113,12 +142,17 @@ class Client:
 
     # --- images to vectors ----------------------------------------------------------------------
 
-    def encoder(self) -> EncoderInfo:
-        """The encoder that the server has loaded."""
-        return self._send(calls.encoder())
+    def encoder(self, *, model: str = "", version: str = "") -> EncoderInfo:
+        """An encoder that the server has loaded: by default the one that `embed` uses."""
+        return self._send(calls.encoder(Target(model, version)))
 
     def embed(
-        self, images: Iterable[ImageLike] | NDArray[np.uint8], *, dtype: DTypeName = "float32"
+        self,
+        images: Iterable[ImageLike] | NDArray[np.uint8],
+        *,
+        dtype: DTypeName = "float32",
+        model: str = "",
+        version: str = "",
     ) -> Embeddings:
         """Embeds images.
 
@@ -126,6 +160,8 @@ class Client:
             images: files, paths, Pillow images or pixels, any number of them; or one array uint8
                 [N, S, S, 3] of the encoder's input size, which is sent as it is.
             dtype: of the answer; float16 and int8 (127 times the value) are smaller.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
 
         Returns:
             [N, D] of that dtype, L2-normalised; [0, 0] for no images.
@@ -133,18 +169,28 @@ class Client:
         Raises:
             InvalidImage: names the position of the bad image.
         """
+        target = Target(model, version)
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, dtype)), chunks)
+            parts = self._spread(
+                lambda each: self._send(calls.embed_pixels(each, dtype, target)), chunks
+            )
         else:
             parts = self._spread(
-                lambda part: self._send(calls.embed(part.images, dtype), offset=part.offset),
+                lambda part: self._send(
+                    calls.embed(part.images, dtype, target), offset=part.offset
+                ),
                 client_batches.batches(images, max_images=self._batch_size),
             )
         return client_batches.joined(list(parts), dtype)
 
     def embed_stream(
-        self, images: Iterable[ImageLike], *, dtype: DTypeName = "float32"
+        self,
+        images: Iterable[ImageLike],
+        *,
+        dtype: DTypeName = "float32",
+        model: str = "",
+        version: str = "",
     ) -> Iterator[Embeddings]:
         """Embeds any number of images over one call: yields [n, D] a batch, in order.
 
@@ -152,14 +198,16 @@ class Client:
         memory. The default timeout does not apply, and nothing is tried again.
         """
         batches = client_batches.batches(images, max_images=self._batch_size)
-        requests = (calls.embed_request(part.images, dtype) for part in batches)
+        requests = (
+            calls.embed_request(part.images, dtype, Target(model, version)) for part in batches
+        )
         stream = self._channel.stream_stream(
             calls.EMBED_STREAM,
             request_serializer=pb.EmbedRequest.SerializeToString,
             response_deserializer=pb.EmbedResponse.FromString,
         )
         done = 0
-        answers = stream(requests)
+        answers = stream(requests, metadata=self._credentials)
         try:
             for answer in answers:
                 rows = calls.embed_answer(answer)
@@ -169,6 +217,30 @@ class Client:
             raise calls.moved(byol_error(failure), done) from failure
         finally:
             answers.cancel()
+
+    def extract_features(
+        self,
+        images: Sequence[ImageLike] | NDArray[np.uint8],
+        stages: Sequence[str],
+        *,
+        dtype: DTypeName = "float32",
+        with_embeddings: bool = False,
+        model: str = "",
+        version: str = "",
+    ) -> FeatureMaps:
+        """Dense feature maps of named stages, for segmentation and detection heads.
+
+        Args:
+            images: as in `embed`; sent in one request, because maps are large.
+            stages: names out of `encoder().stages`.
+            dtype: of the answer: float32 or float16.
+            with_embeddings: also the embeddings, which the same run of the encoder gives.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
+        """
+        sent = client_batches.one_request(images)
+        target = Target(model, version)
+        return self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
 
     # --- collections ----------------------------------------------------------------------------
 
@@ -181,6 +253,10 @@ class Client:
     def collection(self, name: str) -> CollectionInfo:
         """A collection's facts."""
         return self._send(calls.collection(name))
+
+    def stats(self, collection: str) -> IndexStats:
+        """How its index stands: what answers, its measured recall, what waits, its memory."""
+        return self._send(calls.stats(collection))
 
     def collections(self) -> list[CollectionInfo]:
         """All collections."""
@@ -242,6 +318,26 @@ class Client:
         """Items in the order of `ids`; UnknownId if one is not there."""
         return self._send(calls.get(collection, ids, with_vectors))
 
+    def items(
+        self,
+        collection: str,
+        *,
+        where: Where | None = None,
+        page_size: int = 1000,
+        with_vectors: bool = False,
+        with_metadata: bool = True,
+    ) -> Iterator[Item]:
+        """All items, or those that match, in the order they were stored; fetched page by page."""
+        token = ""
+        while True:
+            call = calls.list_items(
+                collection, where, page_size, token, with_vectors, with_metadata
+            )
+            page = self._send(call)
+            yield from page.items
+            if not (token := page.after):
+                return
+
     def search(
         self,
         collection: str,
@@ -249,9 +345,13 @@ class Client:
         image: ImageLike | None = None,
         vector: NDArray[np.float32] | None = None,
         id: str | None = None,
+        like: Sequence[ExampleLike] = (),
+        unlike: Sequence[ExampleLike] = (),
         k: int = 10,
+        offset: int = 0,
         where: Where | None = None,
         min_score: float | None = None,
+        mmr_lambda: float | None = None,
         with_vectors: bool = False,
         with_metadata: bool = True,
     ) -> list[Hit]:
@@ -261,23 +361,30 @@ class Client:
             collection: its name.
             image: the query; or
             vector: float32 [D]; or
-            id: an item of the collection, which is left out of the answer.
-            k: from 1 to the collection's size.
+            id: an item of the collection, which is left out of the answer; or
+            like: several examples at once (images, vectors, `ItemId`), whose mean is the query, ...
+            unlike: ... less a fifth of the mean of these. Items among both are left out.
+            k: from 1 to the collection's size; with `min_score` any limit.
+            offset: leaves out the best so many (see also `search_pages`).
             where: condition on metadata: a dict such as {"label": "cat", "price": {"gte": 3}}
                 (see `byol_serving.rpc.filters`) or a tree of `byol_serving.collections.filters`.
             min_score: leaves out neighbours with a lower cosine similarity.
+            mmr_lambda: hits that differ from one another: 1 ranks by similarity to the query
+                alone, 0 by difference from the hits before alone.
             with_vectors: also the neighbours' vectors.
             with_metadata: also their metadata.
         """
         options = SearchOptions(
             k=k,
+            offset=offset,
             where=where,
             min_score=min_score,
+            mmr_lambda=mmr_lambda,
             with_vectors=with_vectors,
             with_metadata=with_metadata,
         )
-        query = calls.search_one(collection, options, image=image, vector=vector, id=id)
-        return self._send(query)[0]
+        query = searching.one_query(image=image, vector=vector, id=id, like=like, unlike=unlike)
+        return (self._send(searching.search(collection, options, queries=[query])))[0]
 
     def search_many(
         self,
@@ -286,23 +393,104 @@ class Client:
         *,
         images: Iterable[ImageLike] = (),
         ids: Iterable[str] = (),
+        queries: Iterable[QueryLike] = (),
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:
-        """The neighbours of many queries in one call: by image, then id, then rows of vectors."""
-        options = options or SearchOptions()
-        call = calls.search(collection, options, images=images, ids=ids, vectors=vectors)
+        """The neighbours of many queries in one call: images, ids, any kind, rows of vectors."""
+        call = searching.search(
+            collection,
+            options or SearchOptions(),
+            images=images,
+            ids=ids,
+            queries=queries,
+            vectors=vectors,
+        )
         return self._send(call)
+
+    def search_groups(
+        self,
+        collection: str,
+        query: QueryLike,
+        *,
+        by: str,
+        size: int = 1,
+        options: SearchOptions | None = None,
+    ) -> list[HitGroup]:
+        """The best `options.k` values of the metadata key `by`, each with its best `size` items."""
+        options = options or SearchOptions()
+        return self._send(searching.groups(collection, query, options, by=by, size=size))
+
+    def search_pages(
+        self, collection: str, query: QueryLike, options: SearchOptions | None = None
+    ) -> Iterator[Sequence[Hit]]:
+        """All hits of one query, `options.k` at a time, best first.
+
+        All pages are of one version of the collection: after a change in between the next page
+        raises FailedPrecondition (where the backend counts versions).
+        """
+        asking: SearchOptions | None = options or SearchOptions()
+        while asking is not None:
+            found = self._send(searching.page(collection, query, asking))
+            if found.hits:
+                yield found.hits
+            asking = searching.next_page(asking, found)
+
+    def search_stream(
+        self,
+        collection: str,
+        batches: Iterable[NDArray[np.float32]],
+        options: SearchOptions | None = None,
+    ) -> Iterator[list[list[Hit]]]:
+        """The neighbours of many batches of vectors (float32 [n, D]) over one call, in order.
+
+        `batches` is read as the server takes them. The default timeout does not apply, and nothing
+        is tried again.
+        """
+        wanted = options or SearchOptions()
+        requests = (searching.request_of(collection, wanted, vectors=each) for each in batches)
+        stream = self._channel.stream_stream(
+            searching.SEARCH_STREAM,
+            request_serializer=pb.SearchRequest.SerializeToString,
+            response_deserializer=pb.SearchResponse.FromString,
+        )
+        answers = stream(requests)
+        try:
+            for answer in answers:
+                yield searching.answer_of(answer)
+        except grpc.RpcError as failure:
+            raise byol_error(failure) from failure
+        finally:
+            answers.cancel()
+
+    # --- the store ------------------------------------------------------------------------------
+
+    def verify(self, collection: str) -> Verification:
+        """Compares a collection's index with its store, and all bytes with their checksums."""
+        return self._send(calls.verify(collection))
+
+    def backup(self, name: str) -> BackupInfo:
+        """Copies all collections into the server's folder of backups while it serves."""
+        return self._send(calls.backup(name))
+
+    def restore(self, backup: str, collection: str, *, name: str = "") -> CollectionInfo:
+        """Brings back one collection of a backup, under its own name or a new one."""
+        return self._send(calls.restore(backup, collection, name))
 
     # --- sending --------------------------------------------------------------------------------
 
     def _send(self, call: Call[Out], *, offset: int = 0) -> Out:
         """Sends a call, again where that is safe and promises something."""
+        with traced(call.method) as trace:
+            metadata = (*self._credentials, *trace)
+            return self._try(call, offset, metadata)
+
+    def _try(self, call: Call[Out], offset: int, metadata: Sequence[tuple[str, str]]) -> Out:
         send = self._method(call)
         deadline = time.monotonic() + self._timeout
         for tried in itertools.count(1):
             try:
                 left = max(0.0, deadline - time.monotonic())
-                return call.parse(send(call.request, timeout=left))
+                return call.parse(send(call.request, timeout=left, metadata=metadata))
             except grpc.RpcError as failure:
                 error = byol_error(failure)
                 pause = self._retry.pause(error, call, tried, deadline - time.monotonic())

@@ -3,7 +3,8 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -13,18 +14,30 @@ from numpy.typing import NDArray
 
 from byol_serving import client_batches
 from byol_serving import client_calls as calls
-from byol_serving.client_batches import DTypeName, Embeddings, ImageLike
-from byol_serving.client_calls import Call, EncoderInfo, Retry, SearchOptions
-from byol_serving.client_channel import OPTIONS, ClientTls, byol_error
+from byol_serving import client_search as searching
+from byol_serving.client_analysis import AsyncAnalysis
+from byol_serving.client_batches import (
+    DTypeName,
+    Embeddings,
+    ExampleLike,
+    ImageLike,
+    QueryLike,
+)
+from byol_serving.client_calls import BackupInfo, Call, EncoderInfo, FeatureMaps, Retry, Target
+from byol_serving.client_channel import OPTIONS, ClientTls, bearer, byol_error, environment_tls
+from byol_serving.client_search import SearchOptions
+from byol_serving.client_trace import traced
+from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
     IndexKind,
+    IndexStats,
     Item,
     Metadata,
     UpsertCounts,
+    Verification,
 )
-from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.filters import Where
 from byol_serving.rpc.pools import in_order
 
@@ -42,6 +55,7 @@ class AsyncClient:
         timeout: float = 60.0,
         retry: Retry | None = None,
         tls: ClientTls | None = None,
+        token: str | None = None,
         batch_size: int = 64,
         concurrency: int = 4,
     ) -> None:
@@ -51,10 +65,13 @@ class AsyncClient:
             address: host:port.
             timeout: seconds for a call with all its tries.
             retry: how often and how fast to try again.
-            tls: plain text without it.
+            tls: without it what BYOL_TLS_CA, BYOL_TLS_CERT and BYOL_TLS_KEY name, else plain text.
+            token: to show with each call; by default that of BYOL_TOKEN.
             batch_size: images in one request; longer lists are split.
             concurrency: requests in flight for a list that was split.
         """
+        tls = tls or environment_tls()
+        self._credentials = bearer(token)
         self._channel = (
             grpc.aio.insecure_channel(address, OPTIONS)
             if tls is None
@@ -65,6 +82,8 @@ class AsyncClient:
         self._batch_size = batch_size
         self._concurrency = concurrency
         self._methods: dict[str, Callable[..., Any]] = {}
+        self.analysis = AsyncAnalysis(self._send)
+        """Duplicates, outliers, labels and pairs."""
 
     async def close(self) -> None:
         """Ends the connection."""
@@ -85,12 +104,17 @@ class AsyncClient:
 
     # --- images to vectors ----------------------------------------------------------------------
 
-    async def encoder(self) -> EncoderInfo:
-        """The encoder that the server has loaded."""
-        return await self._send(calls.encoder())
+    async def encoder(self, *, model: str = "", version: str = "") -> EncoderInfo:
+        """An encoder that the server has loaded: by default the one that `embed` uses."""
+        return await self._send(calls.encoder(Target(model, version)))
 
     async def embed(
-        self, images: Iterable[ImageLike] | NDArray[np.uint8], *, dtype: DTypeName = "float32"
+        self,
+        images: Iterable[ImageLike] | NDArray[np.uint8],
+        *,
+        dtype: DTypeName = "float32",
+        model: str = "",
+        version: str = "",
     ) -> Embeddings:
         """Embeds images.
 
@@ -98,6 +122,8 @@ class AsyncClient:
             images: files, paths, Pillow images or pixels, any number of them; or one array uint8
                 [N, S, S, 3] of the encoder's input size, which is sent as it is.
             dtype: of the answer; float16 and int8 (127 times the value) are smaller.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
 
         Returns:
             [N, D] of that dtype, L2-normalised; [0, 0] for no images.
@@ -105,42 +131,64 @@ class AsyncClient:
         Raises:
             InvalidImage: names the position of the bad image.
         """
+        target = Target(model, version)
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, dtype)), chunks)
-        else:
             parts = self._spread(
-                lambda part: self._send(calls.embed(part.images, dtype), offset=part.offset),
-                client_batches.batches(images, max_images=self._batch_size),
+                lambda each: self._send(calls.embed_pixels(each, dtype, target)), chunks
             )
+        else:
+            parts = self.embed_stream(images, dtype=dtype, model=model, version=version)
         return client_batches.joined([part async for part in parts], dtype)
 
     async def embed_stream(
-        self, images: Iterable[ImageLike], *, dtype: DTypeName = "float32"
-    ) -> AsyncIterator[Embeddings]:
-        """Embeds any number of images over one call: yields [n, D] a batch, in order.
+        self,
+        images: Iterable[ImageLike],
+        *,
+        dtype: DTypeName = "float32",
+        model: str = "",
+        version: str = "",
+    ) -> AsyncGenerator[Embeddings]:
+        """Embeds any number of images, a few requests at a time: yields [n, D] a batch, in order.
 
         `images` is read as the server takes them, so a generator over millions of files uses little
-        memory. The default timeout does not apply, and nothing is tried again.
+        memory.
         """
+        # Not the EmbedStream call: where a server ends it early while the client still writes,
+        # grpc.aio reports INTERNAL in place of what the server said.
+        target = Target(model, version)
         batches = client_batches.batches(images, max_images=self._batch_size)
-        requests = _read_aside(calls.embed_request(part.images, dtype) for part in batches)
-        stream = self._channel.stream_stream(
-            calls.EMBED_STREAM,
-            request_serializer=pb.EmbedRequest.SerializeToString,
-            response_deserializer=pb.EmbedResponse.FromString,
+        answers = self._spread(
+            lambda part: self._send(calls.embed(part.images, dtype, target), offset=part.offset),
+            batches,
         )
-        done = 0
-        answers = stream(requests)
-        try:
-            async for answer in answers:
-                rows = calls.embed_answer(answer)
-                done += len(rows)
+        async with aclosing(answers):
+            async for rows in answers:
                 yield rows
-        except grpc.RpcError as failure:
-            raise calls.moved(byol_error(failure), done) from failure
-        finally:
-            answers.cancel()
+
+    async def extract_features(
+        self,
+        images: Sequence[ImageLike] | NDArray[np.uint8],
+        stages: Sequence[str],
+        *,
+        dtype: DTypeName = "float32",
+        with_embeddings: bool = False,
+        model: str = "",
+        version: str = "",
+    ) -> FeatureMaps:
+        """Dense feature maps of named stages, for segmentation and detection heads.
+
+        Args:
+            images: as in `embed`; sent in one request, because maps are large.
+            stages: names out of `encoder().stages`.
+            dtype: of the answer: float32 or float16.
+            with_embeddings: also the embeddings, which the same run of the encoder gives.
+            model: by name; empty: the server's default.
+            version: of the model; empty: the one in use.
+        """
+        sent = client_batches.one_request(images)
+        target = Target(model, version)
+        return await self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
 
     # --- collections ----------------------------------------------------------------------------
 
@@ -153,6 +201,10 @@ class AsyncClient:
     async def collection(self, name: str) -> CollectionInfo:
         """A collection's facts."""
         return await self._send(calls.collection(name))
+
+    async def stats(self, collection: str) -> IndexStats:
+        """How its index stands: what answers, its measured recall, what waits, its memory."""
+        return await self._send(calls.stats(collection))
 
     async def collections(self) -> list[CollectionInfo]:
         """All collections."""
@@ -216,6 +268,27 @@ class AsyncClient:
         """Items in the order of `ids`; UnknownId if one is not there."""
         return await self._send(calls.get(collection, ids, with_vectors))
 
+    async def items(
+        self,
+        collection: str,
+        *,
+        where: Where | None = None,
+        page_size: int = 1000,
+        with_vectors: bool = False,
+        with_metadata: bool = True,
+    ) -> AsyncGenerator[Item]:
+        """All items, or those that match, in the order they were stored; fetched page by page."""
+        token = ""
+        while True:
+            call = calls.list_items(
+                collection, where, page_size, token, with_vectors, with_metadata
+            )
+            page = await self._send(call)
+            for item in page.items:
+                yield item
+            if not (token := page.after):
+                return
+
     async def search(
         self,
         collection: str,
@@ -223,9 +296,13 @@ class AsyncClient:
         image: ImageLike | None = None,
         vector: NDArray[np.float32] | None = None,
         id: str | None = None,
+        like: Sequence[ExampleLike] = (),
+        unlike: Sequence[ExampleLike] = (),
         k: int = 10,
+        offset: int = 0,
         where: Where | None = None,
         min_score: float | None = None,
+        mmr_lambda: float | None = None,
         with_vectors: bool = False,
         with_metadata: bool = True,
     ) -> list[Hit]:
@@ -235,23 +312,30 @@ class AsyncClient:
             collection: its name.
             image: the query; or
             vector: float32 [D]; or
-            id: an item of the collection, which is left out of the answer.
-            k: from 1 to the collection's size.
+            id: an item of the collection, which is left out of the answer; or
+            like: several examples at once (images, vectors, `ItemId`), whose mean is the query, ...
+            unlike: ... less a fifth of the mean of these. Items among both are left out.
+            k: from 1 to the collection's size; with `min_score` any limit.
+            offset: leaves out the best so many (see also `search_pages`).
             where: condition on metadata: a dict such as {"label": "cat", "price": {"gte": 3}}
                 (see `byol_serving.rpc.filters`) or a tree of `byol_serving.collections.filters`.
             min_score: leaves out neighbours with a lower cosine similarity.
+            mmr_lambda: hits that differ from one another: 1 ranks by similarity to the query
+                alone, 0 by difference from the hits before alone.
             with_vectors: also the neighbours' vectors.
             with_metadata: also their metadata.
         """
         options = SearchOptions(
             k=k,
+            offset=offset,
             where=where,
             min_score=min_score,
+            mmr_lambda=mmr_lambda,
             with_vectors=with_vectors,
             with_metadata=with_metadata,
         )
-        query = calls.search_one(collection, options, image=image, vector=vector, id=id)
-        return (await self._send(query))[0]
+        query = searching.one_query(image=image, vector=vector, id=id, like=like, unlike=unlike)
+        return (await self._send(searching.search(collection, options, queries=[query])))[0]
 
     async def search_many(
         self,
@@ -260,23 +344,96 @@ class AsyncClient:
         *,
         images: Iterable[ImageLike] = (),
         ids: Iterable[str] = (),
+        queries: Iterable[QueryLike] = (),
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:
-        """The neighbours of many queries in one call: by image, then id, then rows of vectors."""
-        options = options or SearchOptions()
-        call = calls.search(collection, options, images=images, ids=ids, vectors=vectors)
+        """The neighbours of many queries in one call: images, ids, any kind, rows of vectors."""
+        call = searching.search(
+            collection,
+            options or SearchOptions(),
+            images=images,
+            ids=ids,
+            queries=queries,
+            vectors=vectors,
+        )
         return await self._send(call)
+
+    async def search_groups(
+        self,
+        collection: str,
+        query: QueryLike,
+        *,
+        by: str,
+        size: int = 1,
+        options: SearchOptions | None = None,
+    ) -> list[HitGroup]:
+        """The best `options.k` values of the metadata key `by`, each with its best `size` items."""
+        options = options or SearchOptions()
+        return await self._send(searching.groups(collection, query, options, by=by, size=size))
+
+    async def search_pages(
+        self, collection: str, query: QueryLike, options: SearchOptions | None = None
+    ) -> AsyncGenerator[Sequence[Hit]]:
+        """All hits of one query, `options.k` at a time, best first.
+
+        All pages are of one version of the collection: after a change in between the next page
+        raises FailedPrecondition (where the backend counts versions).
+        """
+        asking: SearchOptions | None = options or SearchOptions()
+        while asking is not None:
+            found = await self._send(searching.page(collection, query, asking))
+            if found.hits:
+                yield found.hits
+            asking = searching.next_page(asking, found)
+
+    async def search_stream(
+        self,
+        collection: str,
+        batches: Iterable[NDArray[np.float32]],
+        options: SearchOptions | None = None,
+    ) -> AsyncGenerator[list[list[Hit]]]:
+        """The neighbours of many batches of vectors (float32 [n, D]), in order, a few at a time.
+
+        `batches` is read as the server takes them.
+        """
+        # Not the SearchStream call, for the reason that `embed_stream` gives.
+        wanted = options or SearchOptions()
+        answers = self._spread(
+            lambda each: self._send(searching.search(collection, wanted, vectors=each)), batches
+        )
+        async with aclosing(answers):
+            async for found in answers:
+                yield found
+
+    # --- the store ------------------------------------------------------------------------------
+
+    async def verify(self, collection: str) -> Verification:
+        """Compares a collection's index with its store, and all bytes with their checksums."""
+        return await self._send(calls.verify(collection))
+
+    async def backup(self, name: str) -> BackupInfo:
+        """Copies all collections into the server's folder of backups while it serves."""
+        return await self._send(calls.backup(name))
+
+    async def restore(self, backup: str, collection: str, *, name: str = "") -> CollectionInfo:
+        """Brings back one collection of a backup, under its own name or a new one."""
+        return await self._send(calls.restore(backup, collection, name))
 
     # --- sending --------------------------------------------------------------------------------
 
     async def _send(self, call: Call[Out], *, offset: int = 0) -> Out:
         """Sends a call, again where that is safe and promises something."""
+        with traced(call.method) as trace:
+            metadata = (*self._credentials, *trace)
+            return await self._try(call, offset, metadata)
+
+    async def _try(self, call: Call[Out], offset: int, metadata: Sequence[tuple[str, str]]) -> Out:
         send = self._method(call)
         deadline = time.monotonic() + self._timeout
         for tried in itertools.count(1):
             try:
                 left = max(0.0, deadline - time.monotonic())
-                return call.parse(await send(call.request, timeout=left))
+                return call.parse(await send(call.request, timeout=left, metadata=metadata))
             except grpc.RpcError as failure:
                 error = byol_error(failure)
                 pause = self._retry.pause(error, call, tried, deadline - time.monotonic())

@@ -17,6 +17,30 @@ from byol_serving.rpc.convert import embeddings_to_tensor, metadata_to_struct
 
 ImageLike: TypeAlias = bytes | Path | str | Image.Image | NDArray[np.uint8]
 """Bytes of an image file, a path to one, a Pillow image, or RGB pixels uint8 [H, W, 3]."""
+
+
+@dataclass(frozen=True)
+class ItemId:
+    """An item of the collection, as a query or example."""
+
+    id: str
+
+
+ExampleLike: TypeAlias = ImageLike | ItemId | NDArray[np.float32]
+"""An image, an item, or a vector float32 [D]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """One query "like these, not like those": mean(like) - unlike_weight x mean(unlike)."""
+
+    like: Sequence[ExampleLike]
+    unlike: Sequence[ExampleLike] = ()
+    unlike_weight: float | None = None
+    """None: 0.2 (see `collections.querying`)."""
+
+
+QueryLike: TypeAlias = ExampleLike | Examples
 Embeddings: TypeAlias = NDArray[Any]
 DTypeName = Literal["float32", "float16", "int8"]
 """What `Embeddings` [N, D] hold: the dtype that was asked for."""
@@ -26,7 +50,7 @@ _MAX_REQUEST_BYTES = 32 * 2**20
 _ROWS_PER_REQUEST = 1024
 
 
-def image_bytes(image: ImageLike) -> bytes:
+def image_bytes(image: ImageLike | NDArray[np.float32]) -> bytes:
     """The bytes to send: files as they are, pixels as PNG, which loses nothing.
 
     Raises:
@@ -48,6 +72,36 @@ def image_bytes(image: ImageLike) -> bytes:
             return _png(Image.fromarray(image))
         case _:
             return _png(image)
+
+
+def example_message(example: ExampleLike) -> pb.Example:
+    """An example on the wire. Raises InvalidImage as `image_bytes`."""
+    match example:
+        case ItemId(id):
+            return pb.Example(id=id)
+        case np.ndarray() if example.ndim == 1:
+            return pb.Example(vector=packed(example.astype(np.float32)))
+        case _:
+            return pb.Example(image=image_bytes(example))
+
+
+def query_message(query: QueryLike) -> pb.Query:
+    """A query on the wire; raises as `example_message`."""
+    if isinstance(query, Examples):
+        examples = pb.Examples(
+            like=map(example_message, query.like),
+            unlike=map(example_message, query.unlike),
+            unlike_weight=query.unlike_weight,
+        )
+        return pb.Query(examples=examples)
+    example = example_message(query)
+    match example.WhichOneof("by"):
+        case "id":
+            return pb.Query(id=example.id)
+        case "vector":
+            return pb.Query(vector=example.vector)
+        case _:
+            return pb.Query(image=example.image)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -85,6 +139,15 @@ def batches(images: Iterable[ImageLike], *, max_images: int) -> Iterator[Batch]:
 def chunked(pixels: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]]:
     """Consecutive slices of at most `size` images."""
     return (pixels[at : at + size] for at in range(0, len(pixels), size))
+
+
+def one_request(
+    images: Iterable[ImageLike] | NDArray[np.uint8],
+) -> list[bytes] | NDArray[np.uint8]:
+    """Images that are not split: their bytes, or pixels uint8 [N, S, S, 3] as they are."""
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        return images
+    return [data for part in batches(images, max_images=2**31) for data in part.images]
 
 
 def joined(parts: Sequence[Embeddings], dtype: DTypeName) -> Embeddings:

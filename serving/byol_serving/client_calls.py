@@ -4,7 +4,6 @@ A `Call` is plain data, so that the synchronous and the asynchronous client diff
 how they send it.
 """
 
-import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,18 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from byol_serving.client_batches import DTypeName, Embeddings, ImageLike, image_bytes, packed
+from byol_serving.client_batches import DTypeName, Embeddings
 from byol_serving.collections.types import (
     CollectionInfo,
-    Hit,
     IndexKind,
+    IndexStats,
     Item,
     Metadata,
+    Page,
     UpsertCounts,
+    Verification,
 )
-from byol_serving.errors import ByolError, InvalidImage, InvalidRequest, Overloaded, Unavailable
+from byol_serving.errors import ByolError, InvalidImage, Overloaded, Unavailable
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.convert import (
     metadata_to_struct,
@@ -31,7 +32,7 @@ from byol_serving.rpc.convert import (
     raw_array,
 )
 from byol_serving.rpc.filters import Where, parse_where, to_message
-from byol_serving.rpc.items import collection_info, hits_value, item_value
+from byol_serving.rpc.items import collection_info, item_value, stats_value, verification_value
 
 Out = TypeVar("Out")
 
@@ -42,7 +43,7 @@ _DTYPES: Mapping[str, pb.DType.ValueType] = {
     "int8": pb.DTYPE_INT8,
 }
 EMBED_STREAM = "/byol.v1.Embedder/EmbedStream"
-_EMBEDDER, _COLLECTIONS = "/byol.v1.Embedder/", "/byol.v1.Collections/"
+_EMBEDDER, COLLECTIONS = "/byol.v1.Embedder/", "/byol.v1.Collections/"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,44 @@ class EncoderInfo:
     dim: int
     precision: str
     provider: str
+    model: str = ""
+    """The name that requests call it by."""
+    version: str = ""
+    stages: Sequence["Stage"] = ()
+    """What `extract_features` can be asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of an encoder and its feature map."""
+
+    name: str
+    channels: int
+    side: int
+    """Height and width of the map."""
+    stride: int
+    """Pixels of the encoder's input from one column, or row, to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMaps:
+    """Dense features of some images."""
+
+    stages: Mapping[str, Stage]
+    """In the order asked for."""
+    maps: Mapping[str, NDArray[Any]]
+    """[N, channels, side, side] of each stage, in the dtype that was asked for."""
+    embeddings: NDArray[Any] | None
+    """[N, D], if asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackupInfo:
+    """What a server copied."""
+
+    path: str
+    """On the server."""
+    collections: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +147,23 @@ def moved(error: ByolError, offset: int) -> ByolError:
 # --- Embedder -----------------------------------------------------------------------------------
 
 
-def embed_request(images: Sequence[bytes], dtype: DTypeName) -> pb.EmbedRequest:
+@dataclass(frozen=True)
+class Target:
+    """Which model a call is for."""
+
+    model: str = ""
+    """Empty: the server's default."""
+    version: str = ""
+    """Empty: the version in use."""
+
+
+def embed_request(
+    images: Sequence[bytes], dtype: DTypeName, target: Target = Target()
+) -> pb.EmbedRequest:
     """A request with image files."""
-    return pb.EmbedRequest(images=images, dtype=_DTYPES[dtype])
+    return pb.EmbedRequest(
+        images=images, dtype=_DTYPES[dtype], model=target.model, version=target.version
+    )
 
 
 def embed_answer(response: pb.EmbedResponse) -> Embeddings:
@@ -118,19 +171,20 @@ def embed_answer(response: pb.EmbedResponse) -> Embeddings:
     return raw_array(response.embeddings)
 
 
-def embed(images: Sequence[bytes], dtype: DTypeName) -> Call[Embeddings]:
+def embed(images: Sequence[bytes], dtype: DTypeName, target: Target) -> Call[Embeddings]:
     """Embed image files."""
-    request = embed_request(images, dtype)
+    request = embed_request(images, dtype, target)
     return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
 
 
-def embed_pixels(pixels: NDArray[np.uint8], dtype: DTypeName) -> Call[Embeddings]:
+def embed_pixels(pixels: NDArray[np.uint8], dtype: DTypeName, target: Target) -> Call[Embeddings]:
     """Embed uint8 [N, S, S, 3]."""
-    request = pb.EmbedRequest(pixels=pixels_to_tensor(pixels), dtype=_DTYPES[dtype])
+    request = embed_request((), dtype, target)
+    request.pixels.CopyFrom(pixels_to_tensor(pixels))
     return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
 
 
-def encoder() -> Call[EncoderInfo]:
+def encoder(target: Target) -> Call[EncoderInfo]:
     """What is loaded."""
 
     def parse(answer: pb.Encoder) -> EncoderInfo:
@@ -141,9 +195,46 @@ def encoder() -> Call[EncoderInfo]:
             dim=answer.dim,
             precision=answer.precision,
             provider=answer.provider,
+            model=answer.model,
+            version=answer.version,
+            stages=tuple(map(_stage, answer.stages)),
         )
 
-    return Call(_EMBEDDER + "GetEncoder", pb.GetEncoderRequest(), pb.Encoder, parse)
+    request = pb.GetEncoderRequest(model=target.model, version=target.version)
+    return Call(_EMBEDDER + "GetEncoder", request, pb.Encoder, parse)
+
+
+def extract(
+    images: Sequence[bytes] | NDArray[np.uint8],
+    stages: Sequence[str],
+    dtype: DTypeName,
+    with_embeddings: bool,
+    target: Target,
+) -> Call[FeatureMaps]:
+    """Dense feature maps of image files, or of pixels uint8 [N, S, S, 3]."""
+    pixels = isinstance(images, np.ndarray)
+    request = pb.ExtractFeaturesRequest(
+        images=() if pixels else images,
+        pixels=pixels_to_tensor(images) if isinstance(images, np.ndarray) else None,
+        dtype=_DTYPES[dtype],
+        model=target.model,
+        version=target.version,
+        stages=stages,
+        with_embeddings=with_embeddings,
+    )
+
+    def parse(answer: pb.ExtractFeaturesResponse) -> FeatureMaps:
+        return FeatureMaps(
+            stages={each.stage.name: _stage(each.stage) for each in answer.maps},
+            maps={each.stage.name: raw_array(each.values) for each in answer.maps},
+            embeddings=raw_array(answer.embeddings) if answer.HasField("embeddings") else None,
+        )
+
+    return Call(_EMBEDDER + "ExtractFeatures", request, pb.ExtractFeaturesResponse, parse)
+
+
+def _stage(stage: pb.Stage) -> Stage:
+    return Stage(name=stage.name, channels=stage.channels, side=stage.side, stride=stage.stride)
 
 
 # --- Collections --------------------------------------------------------------------------------
@@ -152,14 +243,14 @@ def encoder() -> Call[EncoderInfo]:
 def create(name: str, dim: int, encoder_id: str, index: IndexKind) -> Call[CollectionInfo]:
     """Make a collection."""
     request = pb.CreateCollectionRequest(name=name, dim=dim, encoder_id=encoder_id, index=index)
-    method = _COLLECTIONS + "CreateCollection"
+    method = COLLECTIONS + "CreateCollection"
     return Call(method, request, pb.Collection, collection_info, repeatable=False)
 
 
 def collection(name: str) -> Call[CollectionInfo]:
     """A collection's facts."""
     request = pb.GetCollectionRequest(name=name)
-    return Call(_COLLECTIONS + "GetCollection", request, pb.Collection, collection_info)
+    return Call(COLLECTIONS + "GetCollection", request, pb.Collection, collection_info)
 
 
 def collections() -> Call[list[CollectionInfo]]:
@@ -169,13 +260,13 @@ def collections() -> Call[list[CollectionInfo]]:
         return [collection_info(each) for each in answer.collections]
 
     request = pb.ListCollectionsRequest()
-    return Call(_COLLECTIONS + "ListCollections", request, pb.ListCollectionsResponse, parse)
+    return Call(COLLECTIONS + "ListCollections", request, pb.ListCollectionsResponse, parse)
 
 
 def drop(name: str) -> Call[None]:
     """Delete a collection."""
     request = pb.DropCollectionRequest(name=name)
-    method = _COLLECTIONS + "DropCollection"
+    method = COLLECTIONS + "DropCollection"
     return Call(method, request, pb.DropCollectionResponse, _nothing, repeatable=False)
 
 
@@ -195,21 +286,20 @@ def summed(counts: Iterable[UpsertCounts]) -> UpsertCounts:
 
 def upsert(request: pb.UpsertRequest) -> Call[UpsertCounts]:
     """Insert or replace."""
-    return Call(_COLLECTIONS + "Upsert", request, pb.UpsertResponse, upsert_answer)
+    return Call(COLLECTIONS + "Upsert", request, pb.UpsertResponse, upsert_answer)
 
 
 def set_metadata(name: str, ids: Sequence[str], metadata: Sequence[Metadata]) -> Call[None]:
     """Replace metadata."""
     structs = map(metadata_to_struct, metadata)
     request = pb.SetMetadataRequest(collection=name, ids=ids, metadata=structs)
-    return Call(_COLLECTIONS + "SetMetadata", request, pb.SetMetadataResponse, _nothing)
+    return Call(COLLECTIONS + "SetMetadata", request, pb.SetMetadataResponse, _nothing)
 
 
 def delete(name: str, ids: Sequence[str] | None, where: Where | None) -> Call[int]:
     """Delete by id or by filter; sent again, it would count fewer, so it is not repeatable."""
-    condition = None if where is None else to_message(parse_where(where))
-    request = pb.DeleteRequest(collection=name, ids=ids or (), filter=condition)
-    method = _COLLECTIONS + "Delete"
+    request = pb.DeleteRequest(collection=name, ids=ids or (), filter=filter_message(where))
+    method = COLLECTIONS + "Delete"
     return Call(method, request, pb.DeleteResponse, lambda answer: answer.deleted, repeatable=False)
 
 
@@ -220,67 +310,68 @@ def get(name: str, ids: Sequence[str], with_vectors: bool) -> Call[list[Item]]:
         return [item_value(each) for each in answer.items]
 
     request = pb.GetRequest(collection=name, ids=ids, with_vectors=with_vectors)
-    return Call(_COLLECTIONS + "Get", request, pb.GetResponse, parse)
+    return Call(COLLECTIONS + "Get", request, pb.GetResponse, parse)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """What a search answers with, for one query or many."""
-
-    k: int = 10
-    where: Where | None = None
-    min_score: float | None = None
-    with_vectors: bool = False
-    with_metadata: bool = True
-
-
-def search(
+def list_items(
     name: str,
-    options: SearchOptions,
-    *,
-    images: Iterable[ImageLike] = (),
-    ids: Iterable[str] = (),
-    vectors: NDArray[np.float32] | None = None,
-) -> Call[list[list[Hit]]]:
-    """The neighbours of each query: those by image first, then by id, then the rows of vectors."""
-    if options.k < 1:
-        raise InvalidRequest(f"k {options.k} is below 1; ask for at least one neighbour")
-    request = pb.SearchRequest(
+    where: Where | None,
+    page_size: int,
+    page_token: str,
+    with_vectors: bool,
+    with_metadata: bool,
+) -> Call[Page]:
+    """One page of items."""
+
+    def parse(answer: pb.ListItemsResponse) -> Page:
+        items = [item_value(each) for each in answer.items]
+        return Page(items=items, after=answer.next_page_token)
+
+    request = pb.ListItemsRequest(
         collection=name,
-        queries=itertools.chain(
-            (pb.Query(image=image_bytes(each)) for each in images),
-            (pb.Query(id=each) for each in ids),
-        ),
-        vectors=None if vectors is None else packed(vectors),
-        k=options.k,
-        filter=None if options.where is None else to_message(parse_where(options.where)),
-        min_score=options.min_score,
-        with_vectors=options.with_vectors,
-        without_metadata=not options.with_metadata,
+        filter=filter_message(where),
+        page_size=page_size,
+        page_token=page_token,
+        with_vectors=with_vectors,
+        without_metadata=not with_metadata,
     )
-
-    def parse(answer: pb.SearchResponse) -> list[list[Hit]]:
-        return [hits_value(each) for each in answer.results]
-
-    return Call(_COLLECTIONS + "Search", request, pb.SearchResponse, parse)
+    return Call(COLLECTIONS + "ListItems", request, pb.ListItemsResponse, parse)
 
 
-def search_one(
-    name: str,
-    options: SearchOptions,
-    *,
-    image: ImageLike | None,
-    vector: NDArray[np.float32] | None,
-    id: str | None,
-) -> Call[list[list[Hit]]]:
-    """The neighbours of one query, in a list of one."""
-    if sum(each is not None for each in (image, vector, id)) != 1:
-        raise InvalidRequest("give exactly one of image, vector and id to search by")
-    if vector is not None:
-        return search(name, options, vectors=np.asarray(vector)[None])
-    if id is not None:
-        return search(name, options, ids=[id])
-    return search(name, options, images=[] if image is None else [image])
+def stats(name: str) -> Call[IndexStats]:
+    """How its index stands."""
+    request = pb.GetCollectionStatsRequest(name=name)
+    return Call(COLLECTIONS + "GetCollectionStats", request, pb.CollectionStats, stats_value)
+
+
+def verify(name: str) -> Call[Verification]:
+    """Compare index and store."""
+    request = pb.VerifyCollectionRequest(collection=name)
+    method = COLLECTIONS + "VerifyCollection"
+    return Call(method, request, pb.VerifyCollectionResponse, verification_value)
+
+
+def backup(name: str) -> Call[BackupInfo]:
+    """Copy all collections; a second try would find the first one's folder."""
+
+    def parse(answer: pb.BackupResponse) -> BackupInfo:
+        return BackupInfo(path=answer.path, collections=tuple(answer.collections))
+
+    request = pb.BackupRequest(name=name)
+    method = COLLECTIONS + "Backup"
+    return Call(method, request, pb.BackupResponse, parse, repeatable=False)
+
+
+def restore(backup: str, name: str, new_name: str) -> Call[CollectionInfo]:
+    """Bring back a collection; a second try would find the first one's."""
+    request = pb.RestoreRequest(backup=backup, collection=name, name=new_name)
+    method = COLLECTIONS + "Restore"
+    return Call(method, request, pb.Collection, collection_info, repeatable=False)
+
+
+def filter_message(where: Where | None) -> pb.Filter | None:
+    """A filter on the wire."""
+    return None if where is None else to_message(parse_where(where))
 
 
 def _nothing(answer: Message) -> None:

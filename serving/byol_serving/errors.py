@@ -7,7 +7,8 @@
     │   └── InvalidVector         wrong dimension, NaN, infinite or zero
     ├── NotFound
     │   ├── UnknownCollection
-    │   └── UnknownId
+    │   ├── UnknownId
+    │   └── UnknownModel
     ├── AlreadyExists
     ├── FailedPrecondition        the server's state does not allow it
     │   ├── EncoderMismatch       vectors of one encoder, a collection of another
@@ -66,6 +67,10 @@ class UnknownCollection(NotFound):
 
 class UnknownId(NotFound):
     """No item of that id in the collection."""
+
+
+class UnknownModel(NotFound):
+    """No model of that name, or not that version of it."""
 
 
 class AlreadyExists(ByolError):

@@ -81,6 +81,14 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> Pixels:
     return _upright(raster.pixels, raster.orientation)
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of the picture in `data`, upright, from its header; raises as `decode`."""
+    with _open(data, ImageLimits()) as header:
+        width, height = header.size
+        turned = header.getexif().get(0x0112, 1) >= 5
+    return (width, height) if turned else (height, width)
+
+
 def to_input(pixels: Pixels, how: Preprocess) -> Pixels:
     """Resizes and crops uint8 [H, W, 3] to the encoder's input, uint8 [size, size, 3].
 

@@ -95,6 +95,40 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
         assert ks(one, other) < 0.05  # two samples of 3000: by chance, once in a thousand
 
 
+def test_boxes_on_squashed_pictures_are_those_of_the_pictures() -> None:
+    """A 180 x 90 picture in a 60 x 60 square: torchvision's crops of the picture, nothing lost."""
+    count, config = 3000, ViewConfig()
+    torch.manual_seed(0)
+    get = v2.RandomResizedCrop(32, scale=config.crop_scale, ratio=config.crop_ratio)
+    image = torch.zeros(3, 90, 180)
+    theirs = [get.make_params([image]) for _ in range(count)]
+    reference = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in theirs], float)
+    shapes = torch.tensor([[90, 180]]).expand(count, 2)
+    generator = torch.Generator().manual_seed(0)
+    stored = draw_view(config, count, 60, generator, shapes=shapes).boxes.numpy()
+    ours = stored * np.array([1.5, 3.0, 1.5, 3.0])
+    assert np.allclose(ours, ours.round(), atol=1e-9)
+    ours = ours.round()
+    for column in range(4):
+        assert ks(ours[:, column], reference[:, column]) < 0.05
+    assert ks(np.log(ours[:, 3] / ours[:, 2]), np.log(reference[:, 3] / reference[:, 2])) < 0.05
+
+
+def test_crops_of_squashed_pictures_are_crops_of_the_pictures() -> None:
+    config = dataclasses.replace(PLAIN, crop_scale=(0.2, 1.0), crop_ratio=(0.75, 4 / 3))
+    wide = torch.nn.functional.interpolate(as_float(pictures(8, 48)), size=(48, 96), mode="bicubic")
+    wide = wide.clamp(0, 1)
+    square = TF.resize(wide, [48, 48], antialias=True)
+    stored = (square * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    shapes = torch.tensor([[48, 96]]).expand(8, 2)
+    chance = draw_view(config, 8, 48, torch.Generator().manual_seed(0), shapes=shapes)
+    ours = apply_view(stored, config, chance, 24)
+    for i, image in enumerate(wide):
+        top, left, height, width = (chance.boxes[i] * torch.tensor([1, 2, 1, 2])).round().int()
+        theirs = TF.resized_crop(image, int(top), int(left), int(height), int(width), [24, 24])
+        assert float((ours[i] - theirs).abs().mean()) < 0.02  # they were resized twice
+
+
 @pytest.mark.parametrize("ratio", [(3.0, 4.0), (0.2, 0.3)])
 def test_a_box_that_never_fits_is_the_centre(ratio: tuple[float, float]) -> None:
     config = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=ratio)
@@ -155,6 +189,24 @@ def test_pixel_statistics_are_torchvisions() -> None:
     ):
         tolerance = 4 * (a.var(0) / count + b.var(0) / count).sqrt()  # four standard errors
         assert ((a.mean(0) - b.mean(0)).abs() < tolerance).all()
+
+
+def test_probabilities_and_sigmas_are_the_configurations() -> None:
+    config = ViewConfig(flip=0.3, grey_p=0.2, blur_p=0.6, solarise_p=0.1, blur_sigma=(0.1, 2.0))
+    count = 20_000
+    chance = draw(config, count)
+    for drawn, wanted in (
+        (chance.flip, 0.3),
+        (chance.grey, 0.2),
+        (chance.blur, 0.6),
+        (chance.solarise, 0.1),
+    ):
+        error = 4 * (wanted * (1 - wanted) / count) ** 0.5  # four standard errors
+        assert float(drawn.double().mean()) == pytest.approx(wanted, abs=error)
+    assert ks(chance.sigma.numpy(), np.linspace(0.1, 2.0, count)) < 0.02
+    pairs = torch.stack([chance.flip, chance.grey, chance.blur, chance.solarise]).double()
+    correlation = torch.corrcoef(pairs) - torch.eye(4)
+    assert float(correlation.abs().max()) < 0.03  # independent of each other
 
 
 def test_same_seed_same_views_and_every_image_its_own() -> None:

@@ -107,6 +107,39 @@ def test_target_batch_norm_keeps_statistics_of_its_own_forward_passes() -> None:
     torch.testing.assert_close(target.weight, online.weight)
 
 
+def test_averaged_statistics_replace_the_targets_own() -> None:
+    """EMAN: the target normalises by averages of the online network's running statistics."""
+    torch.manual_seed(0)
+    model = Byol(tiny_encoder(), HeadConfig(hidden=32, out=8), target_norm="average")
+    model.train()
+    assert model.encoder.training
+    assert not any(m.training for m in model.target_encoder.modules())
+    online = model.encoder.stages["conv"][1]  # type: ignore[index]
+    target = model.target_encoder.stages["conv"][1]  # type: ignore[index]
+    before = target.running_var.clone()
+    model(*views())
+    assert torch.equal(target.running_var, before)  # its own passes leave them
+    model.update_target(0.9)
+    torch.testing.assert_close(target.running_var, 0.9 * before + 0.1 * online.running_var)
+    one, other = (model._target(view) for view in views())
+    whole = model._target(torch.cat(views()))
+    torch.testing.assert_close(torch.cat([one, other]), whole)  # images do not see each other
+
+
+def test_more_views_are_each_predicted_against_the_mean_of_the_others() -> None:
+    first, second = views()
+    third = views(seed=2)[1]
+    model = tiny_byol().eval()  # running statistics, so that a second pass changes nothing
+    found, _ = model(first, second, third)
+    targets = [model._target(view) for view in (first, second, third)]
+    total = torch.zeros(())
+    for i, view in enumerate((first, second, third)):
+        others = [t for j, t in enumerate(targets) if j != i]
+        prediction = model.predictor(model.projector(model.encoder(view)))
+        total = total + byol_loss(prediction, (others[0] + others[1]) / 2)
+    torch.testing.assert_close(found, total * 2 / 3)
+
+
 def test_views_are_normalised_apart() -> None:
     """Running means after one step see each view alone: 0.9·0.1·m₁ + 0.1·m₂, not their mean."""
     model = tiny_byol()

@@ -1,12 +1,14 @@
 """Configurations survive JSON; what is wrong in one is refused by name."""
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from byol_serving.errors import InvalidConfig
-from byol_training.config import OptimizerConfig, TrainConfig, ViewConfig
+from byol_training.config import AugmentConfig, HeadConfig, OptimizerConfig, TrainConfig, ViewConfig
 
 
 @pytest.mark.parametrize("config", [TrainConfig(), TrainConfig.small(max_seconds=60, seed=3)])
@@ -35,7 +37,7 @@ def test_fields_left_out_keep_their_defaults() -> None:
         ({"epochs": "ten"}, "epochs cannot be 'ten'"),
         ({"epochs": True}, "epochs cannot be True"),
         ({"augment": {"first": {"crop_scale": [0.1]}}}, "augment.first.crop_scale cannot be"),
-        ({"encoder": "vgg"}, "encoder cannot be 'vgg'; it must be one of small, resnet18"),
+        ({"encoder": "vgg"}, "encoder 'vgg' is unknown; choose one of small, resnet18"),
         ({"head": 5}, "head cannot be 5; it must be HeadConfig"),
     ],
 )
@@ -47,7 +49,10 @@ def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tau_base": 1.1}, {"batch_size": 1}, {"encoder": "vgg"}, {"stem": "big"}, {"max_steps": 0}],
+    [
+        *({"tau_base": 1.1}, {"batch_size": 1}, {"encoder": "vgg"}, {"stem": "big"}),
+        *({"max_steps": 0}, {"accumulate": 3}, {"views": 1}, {"compile": "maybe"}),
+    ],
 )
 def test_values_outside_limits_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match=str(next(iter(changes.values())))):
@@ -59,3 +64,16 @@ def test_view_limits() -> None:
         ViewConfig(hue=0.6)
     with pytest.raises(InvalidConfig, match="crop_scale"):
         ViewConfig(crop_scale=(0.9, 0.1))
+
+
+def test_every_setting_is_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for kind, prefix in (
+        (TrainConfig, ""),
+        (OptimizerConfig, "optimizer."),
+        (HeadConfig, "head."),
+        (AugmentConfig, "augment."),
+        (ViewConfig, "augment.first.` / `second.` `"),
+    ):
+        for field in dataclasses.fields(kind):
+            assert f"| `{prefix}{field.name}` |" in text, field.name

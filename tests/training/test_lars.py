@@ -66,3 +66,25 @@ def test_a_parameter_without_gradient_stays() -> None:
     parameter = nn.Parameter(torch.ones(2, 2))
     Lars([parameter], lr=1.0).step()
     assert torch.equal(parameter.detach(), torch.ones(2, 2))
+
+
+def test_clipped_ratio_never_exceeds_plain_sgd() -> None:
+    """solo-learn's clip_lr: the step is min(η·‖w‖/‖g‖, lr) times the gradient."""
+    for eta, scale in ((0.02, 0.02 * 2.0 / 4.0), (5.0, 0.1)):
+        weight = nn.Parameter(torch.ones(2, 2))
+        weight.grad = torch.full((2, 2), 2.0)
+        Lars([weight], lr=0.1, trust_coefficient=eta, clip=True).step()
+        torch.testing.assert_close(weight.detach(), torch.ones(2, 2) - scale * 2.0)
+
+
+def test_predictor_has_a_rate_of_its_own() -> None:
+    model = Byol(build_encoder("small"), HeadConfig(hidden=8, out=4))
+    optimizer = build_optimizer(
+        model.trained_parameters(),
+        OptimizerConfig(predictor_lr_factor=10.0),
+        predictor=model.predictor.parameters(),
+    )
+    factor = {id(p): g["lr_factor"] for g in optimizer.param_groups for p in g["params"]}
+    predictor = {id(p) for p in model.predictor.parameters()}
+    for parameter in model.trained_parameters():
+        assert factor[id(parameter)] == (10.0 if id(parameter) in predictor else 1.0)

@@ -13,6 +13,16 @@ def test_tau() -> None:
     assert tau(1001, 1000, 0.996) == 1.0  # a plan that was shortened must not turn round
 
 
+def test_tau_of_larger_batches_averages_as_as_many_small_ones_would() -> None:
+    assert tau(0, 100, 0.99, batch_factor=4.0) == pytest.approx(0.99**4)
+    assert tau(0, 100, 0.99, batch_factor=0.5) == pytest.approx(0.99**0.5)
+    assert tau(100, 100, 0.99, batch_factor=4.0) == 1.0
+
+
+def test_tau_may_stay() -> None:
+    assert {tau(k, 10, 0.99, final=0.99) for k in range(11)} == {0.99}
+
+
 def test_tau_never_falls() -> None:
     values = [tau(k, 100, 0.9) for k in range(101)]
     assert values == sorted(values)

@@ -32,7 +32,8 @@ class ViewDraw:
     """What chance decided for a batch; everything on the CPU."""
 
     boxes: Tensor
-    """float64 [B, 4]: top, left, height, width of the crop in source pixels (whole numbers)."""
+    """float64 [B, 4]: top, left, height, width of the crop in pixels of the stored images; whole
+    numbers where those have their pictures' shape."""
     flip: Tensor
     """bool [B]."""
     factors: Tensor
@@ -47,6 +48,10 @@ class ViewDraw:
     """float64 [B]."""
     solarise: Tensor
     """bool [B]."""
+
+    def rows(self, part: slice) -> "ViewDraw":
+        """The draw of some of the images."""
+        return ViewDraw(**{name: value[part] for name, value in vars(self).items()})
 
 
 def two_views(
@@ -63,11 +68,36 @@ def two_views(
     Returns:
         Two float32 [B, 3, size, size], normalised.
     """
-    side, count = images.shape[1], images.shape[0]
-    draws = [draw_view(view, count, side, generator) for view in (config.first, config.second)]
-    first = apply_view(images, config.first, draws[0], size)
-    second = apply_view(images, config.second, draws[1], size)
-    return normalise(first, config), normalise(second, config)
+    draws = draw_views(config, len(images), images.shape[1], generator)
+    first, second = apply_views(images, config, draws, size)
+    return first, second
+
+
+def draw_views(
+    config: AugmentConfig,
+    count: int,
+    side: int,
+    generator: torch.Generator,
+    *,
+    views: int = 2,
+    shapes: Tensor | None = None,
+) -> list[ViewDraw]:
+    """All chance for `views` views of each of `count` images, from T and T' in turn."""
+    return [
+        draw_view(_of_view(config, i), count, side, generator, shapes=shapes) for i in range(views)
+    ]
+
+
+def apply_views(
+    images: Tensor, config: AugmentConfig, draws: list[ViewDraw], size: int
+) -> list[Tensor]:
+    """The views that `draws` decided on: float32 [B, 3, size, size] each, normalised."""
+    views = [apply_view(images, _of_view(config, i), d, size) for i, d in enumerate(draws)]
+    return [normalise(view, config) for view in views]
+
+
+def _of_view(config: AugmentConfig, position: int) -> ViewConfig:
+    return config.second if position % 2 else config.first
 
 
 def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
@@ -77,8 +107,24 @@ def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
     return images.sub_(mean).div_(std)
 
 
-def draw_view(config: ViewConfig, count: int, side: int, generator: torch.Generator) -> ViewDraw:
-    """All chance for `count` images of `side` pixels, from one call to the generator."""
+def draw_view(
+    config: ViewConfig,
+    count: int,
+    side: int,
+    generator: torch.Generator,
+    *,
+    shapes: Tensor | None = None,
+) -> ViewDraw:
+    """All chance for `count` images, from one call to the generator.
+
+    Args:
+        config: the distribution.
+        count: how many images.
+        side: of the stored squares, in pixels.
+        generator: the only source of chance.
+        shapes: int64 [count, 2], height and width of the pictures that were squashed into the
+            squares: crops are drawn on the pictures, and lose nothing of them. None: squares.
+    """
     u = torch.rand(count, 2 * _TRIES + 16, generator=generator, dtype=torch.float64)
     tries, u = u[:, : 2 * _TRIES], u[:, 2 * _TRIES :]
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
@@ -89,7 +135,8 @@ def draw_view(config: ViewConfig, count: int, side: int, generator: torch.Genera
     order[u[:, 3] >= config.jitter_p] = -1
     low, high = config.blur_sigma
     return ViewDraw(
-        boxes=_draw_boxes(config, side, tries, u[:, :2]),
+        boxes=_draw_boxes(config, _sides(shapes, count, side), tries, u[:, :2])
+        * _scale(shapes, side),
         flip=u[:, 2] < config.flip,
         factors=factors,
         order=order,
@@ -100,26 +147,48 @@ def draw_view(config: ViewConfig, count: int, side: int, generator: torch.Genera
     )
 
 
-def _draw_boxes(config: ViewConfig, side: int, tries: Tensor, place: Tensor) -> Tensor:
-    """RandomResizedCrop of torchvision: the first of ten tries that fits, else the centre."""
+def _sides(shapes: Tensor | None, count: int, side: int) -> Tensor:
+    """float64 [count, 2]: height and width of the pictures."""
+    if shapes is None:
+        return torch.full((count, 2), float(side), dtype=torch.float64)
+    return shapes.double()
+
+
+def _scale(shapes: Tensor | None, side: int) -> Tensor | float:
+    """What boxes on the pictures are multiplied by to be boxes on the stored squares."""
+    return 1.0 if shapes is None else side / shapes.double().repeat(1, 2)
+
+
+def _draw_boxes(config: ViewConfig, sides: Tensor, tries: Tensor, place: Tensor) -> Tensor:
+    """RandomResizedCrop of torchvision: the first of ten tries that fits, else the centre.
+
+    Args:
+        config: scale and ratio of the crops.
+        sides: float64 [B, 2], height and width of the pictures.
+        tries: float64 [B, 20], uniform.
+        place: float64 [B, 2], uniform.
+
+    Returns:
+        float64 [B, 4]: top, left, height, width in whole pixels of the pictures.
+    """
     scale_low, scale_high = config.crop_scale
     logs = [math.log(ratio) for ratio in config.crop_ratio]
-    area = side * side * (scale_low + (scale_high - scale_low) * tries[:, :_TRIES])
+    area = sides.prod(1, keepdim=True) * (scale_low + (scale_high - scale_low) * tries[:, :_TRIES])
     ratio = torch.exp(logs[0] + (logs[1] - logs[0]) * tries[:, _TRIES:])
     width, height = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
-    fits = (width >= 1) & (width <= side) & (height >= 1) & (height <= side)
+    high, wide = sides[:, :1], sides[:, 1:]
+    fits = (width >= 1) & (width <= wide) & (height >= 1) & (height <= high)
     # A last column that always fits: the largest centred box of an allowed aspect.
-    aspect = min(max(1.0, config.crop_ratio[0]), config.crop_ratio[1])
-    fallback = torch.tensor([round(side / max(aspect, 1.0)), round(side * min(aspect, 1.0))])
-    count = len(tries)
-    height = torch.cat([height, fallback[0].expand(count, 1)], dim=1)
-    width = torch.cat([width, fallback[1].expand(count, 1)], dim=1)
-    chosen = torch.cat([fits, torch.ones(count, 1, dtype=torch.bool)], dim=1).int().argmax(dim=1)
-    height, width = (t.gather(1, chosen[:, None])[:, 0] for t in (height, width))
-    given_up = chosen == _TRIES
-    top = torch.where(given_up, (side - height) / 2, place[:, 0] * (side - height + 1)).floor()
-    left = torch.where(given_up, (side - width) / 2, place[:, 1] * (side - width + 1)).floor()
-    return torch.stack([top, left, height, width], dim=1)
+    aspect = (wide / high).clamp(*config.crop_ratio)
+    height = torch.cat([height, torch.minimum(high, (wide / aspect).round())], dim=1)
+    width = torch.cat([width, torch.minimum(wide, (high * aspect).round())], dim=1)
+    always = torch.ones(len(tries), 1, dtype=torch.bool)
+    chosen = torch.cat([fits, always], dim=1).int().argmax(dim=1)
+    size = torch.stack([t.gather(1, chosen[:, None])[:, 0] for t in (height, width)], dim=1)
+    room = sides - size
+    given_up = (chosen == _TRIES)[:, None]
+    corner = torch.where(given_up, room / 2, place * (room + 1)).floor()
+    return torch.cat([corner, size], dim=1)
 
 
 def apply_view(images: Tensor, config: ViewConfig, draw: ViewDraw, size: int) -> Tensor:
@@ -165,7 +234,8 @@ def _resize_matrix(start: Tensor, length: Tensor, side: int, size: int) -> Tenso
     centre = start + (torch.arange(size)[None, :, None] + 0.5) * scale
     pixel = torch.arange(side)[None, None, :] + 0.5
     weights = (1.0 - (pixel - centre).abs() / scale.clamp(min=1.0)).clamp_(min=0.0)
-    weights *= (pixel > start) & (pixel < start + length)
+    # Pixels that the crop has a part of: of a squashed picture, it may begin within one.
+    weights *= (pixel + 0.5 > start) & (pixel - 0.5 < start + length)
     return weights / weights.sum(dim=2, keepdim=True)
 
 

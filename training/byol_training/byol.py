@@ -10,12 +10,13 @@ side is trained, that it has one network more (the predictor), and that the targ
 
 import copy
 import math
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byol_training.config import HeadConfig
+from byol_training.config import HeadConfig, TargetNorm
 from byol_training.encoders import Encoder
 
 
@@ -41,12 +42,23 @@ class Byol(nn.Module):
         encoder: the backbone f, [N, 3, H, W] → [N, encoder.dim]; becomes the online encoder, and is
             copied for the target.
         head: widths of projector and predictor.
-        symmetrised: sum the loss over both assignments of the views.
+        symmetrised: predict every view; else only the first, against the second's target.
+        target_norm: own: the target's batch norms normalise by the batch, as the paper's do, and
+            keep running statistics of their own passes. average: they normalise by running
+            statistics, which are averaged from the online network's as the weights are (EMAN).
     """
 
-    def __init__(self, encoder: Encoder, head: HeadConfig, *, symmetrised: bool = True) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: HeadConfig,
+        *,
+        symmetrised: bool = True,
+        target_norm: TargetNorm = "own",
+    ) -> None:
         super().__init__()
         self.symmetrised = symmetrised
+        self.target_norm = target_norm
         self.encoder: Encoder = encoder
         self.projector = Mlp(encoder.dim, head)
         self.predictor = Mlp(head.out, head)
@@ -55,48 +67,76 @@ class Byol(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
-    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch of view pairs.
+    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch of views.
 
         Each view goes through alone, so that batch norm sees one distribution at a time (as in the
         authors' code: concatenated views would share their statistics).
 
         Args:
-            first: float [B, 3, H, W], views drawn from T.
-            second: float [B, 3, H, W], views of the same images drawn from T'.
+            views: two or more float [B, 3, H, W] of the same images; the paper's are one drawn from
+                T and one from T'.
 
         Returns:
-            The loss, float32 scalar, and the detached online projections of `first`, [B, out].
+            The loss, float32 scalar: the sum over both directions for two views; for V views, each
+            predicted against the mean of the others' target projections (FastSiam), their mean
+            times 2. And the detached online projections of the first, [B, out].
         """
-        z1 = self.projector(self.encoder(first))
-        with torch.no_grad():  # sg(z'): the target is a constant for the gradient (equation 2)
-            t2 = self.target_projector(self.target_encoder(second))
-        loss = byol_loss(self.predictor(z1), t2)
-        if self.symmetrised:
-            z2 = self.projector(self.encoder(second))
-            with torch.no_grad():
-                t1 = self.target_projector(self.target_encoder(first))
-            loss = loss + byol_loss(self.predictor(z2), t1)
-        return loss, z1.detach()
+        if not self.symmetrised:
+            first, second = views
+            z = self.projector(self.encoder(first))
+            return byol_loss(self.predictor(z), self._target(second)), z.detach()
+        targets = [self._target(view) for view in views]
+        online = [self.projector(self.encoder(view)) for view in views]
+        losses = [
+            byol_loss(self.predictor(z), _mean_of_others(targets, i)) for i, z in enumerate(online)
+        ]
+        return torch.stack(losses).sum() * (2 / len(views)), online[0].detach()
+
+    @torch.no_grad()  # sg(z'): the target is a constant for the gradient (equation 2)
+    def _target(self, view: Tensor) -> Tensor:
+        projection: Tensor = self.target_projector(self.target_encoder(view))
+        return projection
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; but an averaged target normalises as in evaluation, always."""
+        super().train(mode)
+        if self.target_norm == "average":
+            self.target_encoder.eval()
+            self.target_projector.eval()
+        return self
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:
         """ξ ← τξ + (1-τ)θ, once after each optimiser step (equation 1 and algorithm 1).
 
-        Parameters only. The target's batch norms keep running statistics of their own, from the
-        target's own forward passes in train mode, as in the paper: they already follow ξ, and
-        averaging in the online network's (EMAN, arXiv 2101.08482) is another method.
+        Of batch norms the paper averages the parameters only: the target's keep running statistics
+        of their own passes, which follow ξ already. Under EMAN the statistics are averaged too.
         """
-        online: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
-        target: list[Tensor] = [
-            *self.target_encoder.parameters(),
-            *self.target_projector.parameters(),
-        ]
+        online, target = self._pairs()
         torch._foreach_lerp_(target, online, 1.0 - tau)
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What is averaged, and into what."""
+        sides = (
+            (self.encoder, self.projector),
+            (self.target_encoder, self.target_projector),
+        )
+        online, target = (list[Tensor](p for m in side for p in m.parameters()) for side in sides)
+        if self.target_norm == "average":
+            statistics = ([b for m in side for b in m.buffers()] for side in sides)
+            for found, buffers in zip((online, target), statistics, strict=True):
+                found.extend(b for b in buffers if b.is_floating_point())  # not the counts
+        return online, target
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """θ with the predictor's: all that an optimiser may touch."""
         return [p for p in self.parameters() if p.requires_grad]
+
+
+def _mean_of_others(targets: list[Tensor], position: int) -> Tensor:
+    others = [target for i, target in enumerate(targets) if i != position]
+    return others[0] if len(others) == 1 else torch.stack(others).mean(0)
 
 
 def byol_loss(prediction: Tensor, projection: Tensor) -> Tensor:
@@ -127,3 +167,20 @@ def spread(embeddings: Tensor) -> Tensor:
     """
     normalised = F.normalize(embeddings.float(), dim=1)
     return normalised.std(dim=0).mean() * math.sqrt(normalised.shape[1])
+
+
+def effective_rank(embeddings: Tensor) -> Tensor:
+    """How many directions embeddings use: 1 collapsed to a line, min(B, D) all of them.
+
+    The exponential of the entropy of the singular values' shares (RankMe: Garrido et al. 2023,
+    arXiv 2210.02885, equation 1), of the l2-normalised vectors.
+
+    Args:
+        embeddings: float [B, D].
+
+    Returns:
+        float32 scalar.
+    """
+    singular = torch.linalg.svdvals(F.normalize(embeddings.float(), dim=1))
+    share = singular / singular.sum() + 1e-7
+    return torch.exp(-(share * share.log()).sum())

@@ -8,14 +8,14 @@ checkpoint is whole. Loading checks the sum, and unpickles nothing but tensors a
 import hashlib
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from byol_serving.errors import InvalidSource
+from byol_serving.errors import InvalidSource, StoreError
 from byol_training.config import TrainConfig
 from byol_training.encoders import Encoder, build_encoder
 
@@ -43,6 +43,8 @@ class Checkpoint:
     """State of the optimiser."""
     rng: dict[str, Any]
     """State of torch's global generators, for encoders that draw (dropout)."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """State of `guards.SpikeGuard`."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -50,25 +52,43 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
     Returns:
         Its path, `folder`/step-00001234.ckpt.
+
+    Raises:
+        StoreError: it cannot be written; earlier ones are left as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     # Not asdict: it would copy every tensor. The order of fields is part of no promise.
     values = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     buffer = io.BytesIO()
     torch.save(values, buffer)
     path = folder / f"step-{checkpoint.step:08d}.ckpt"
-    temporary = path.with_suffix(".tmp")
     payload = buffer.getbuffer()
-    with temporary.open("wb") as file:
-        file.write(_MAGIC + hashlib.sha256(payload).digest())
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(folder)
-    for old in list_checkpoints(folder)[:-_KEEP]:
-        old.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, _MAGIC + hashlib.sha256(payload).digest(), payload)
+        for old in list_checkpoints(folder)[:-_KEEP]:
+            old.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"checkpoint {path} of {len(payload)} bytes cannot be written ({error.strerror});"
+            " make room, then resume the run from the one before"
+        ) from error
     return path
+
+
+def _write(path: Path, head: bytes, payload: memoryview) -> None:
+    """Whole or not at all, and lasting."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(head)
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -132,18 +152,20 @@ def load_encoder(where: Path) -> tuple[Encoder, TrainConfig]:
     path = find_checkpoint(where)
     checkpoint = load_checkpoint(path)
     config = TrainConfig.from_dict(checkpoint.config)
-    encoder = build_encoder(config.encoder, config.stem)
-    prefix = "encoder."
-    weights = {
-        k.removeprefix(prefix): v for k, v in checkpoint.model.items() if k.startswith(prefix)
-    }
+    encoder = build_encoder(config.encoder, config.stem, image_size=config.image_size)
     try:
-        encoder.load_state_dict(weights)
+        encoder.load_state_dict(encoder_state(checkpoint))
     except RuntimeError as error:
         raise InvalidSource(
             f"checkpoint {path} does not fit encoder {config.encoder}; it is of another version"
         ) from error
     return encoder.eval().requires_grad_(False), config
+
+
+def encoder_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The online encoder's part of a checkpoint's model."""
+    prefix, model = "encoder.", checkpoint.model
+    return {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
 
 
 def capture_rng() -> dict[str, Any]:

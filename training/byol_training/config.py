@@ -1,41 +1,27 @@
 """Settings of a training run: frozen dataclasses that survive a round trip through JSON.
 
 The defaults are the paper's (Grill et al. 2020, arXiv 2006.07733), ImageNet at 224 pixels; sections
-and tables are cited beside each. `TrainConfig.small` holds what was measured on small images.
+and tables are cited beside each. Settings that go together are recipes (`recipes.py`).
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from byol_serving.errors import InvalidConfig
+from byol_training.settings import build, check_choice, check_range, check_within
 
-EncoderName = Literal["small", "resnet18", "resnet34", "resnet50"]
+ENCODERS = (
+    *("small", "resnet18", "resnet34", "resnet50", "resnet101"),
+    *("convnext_tiny", "convnext_small", "convnext_base"),
+)
+"""Backbones by name; `timm:NAME` is any of timm's."""
 Stem = Literal["imagenet", "small"]
 OptimizerName = Literal["lars", "sgd", "adamw"]
 Precision = Literal["auto", "fp32", "bf16"]
-T = TypeVar("T")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise InvalidConfig(f"{name} {value} is outside {low}..{high}; set it within")
-
-
-def _range(name: str, value: tuple[float, float], low: float, high: float) -> None:
-    if not low <= value[0] <= value[1] <= high:
-        raise InvalidConfig(
-            f"{name} {list(value)} is not a rising pair within {low}..{high}; set it so"
-        )
-
-
-def _choice(name: str, value: str, allowed: Any) -> None:
-    names = typing.get_args(allowed)
-    if value not in names:
-        raise InvalidConfig(f"{name} {value!r} is unknown; choose one of {', '.join(names)}")
+Compile = Literal["auto", "on", "off"]
+TargetNorm = Literal["own", "average"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +58,14 @@ class ViewConfig:
     def __post_init__(self) -> None:
         """Refuses values no view could be drawn with."""
         for name in ("flip", "jitter_p", "grey_p", "blur_p", "solarise_p"):
-            _within(name, getattr(self, name), 0.0, 1.0)
+            check_within(name, getattr(self, name), 0.0, 1.0)
         for name in ("brightness", "contrast", "saturation"):
-            _within(name, getattr(self, name), 0.0, 1.0)
-        _within("hue", self.hue, 0.0, 0.5)
-        _within("blur_kernel", self.blur_kernel, 0.0, 1.0)
-        _range("crop_scale", self.crop_scale, 0.001, 1.0)
-        _range("crop_ratio", self.crop_ratio, 0.05, 20.0)
-        _range("blur_sigma", self.blur_sigma, 0.01, 100.0)
+            check_within(name, getattr(self, name), 0.0, 1.0)
+        check_within("hue", self.hue, 0.0, 0.5)
+        check_within("blur_kernel", self.blur_kernel, 0.0, 1.0)
+        check_range("crop_scale", self.crop_scale, 0.001, 1.0)
+        check_range("crop_ratio", self.crop_ratio, 0.05, 20.0)
+        check_range("blur_sigma", self.blur_sigma, 0.01, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +84,7 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         """Refuses a standard deviation that cannot be divided by."""
         for value in self.std:
-            _within("std", value, 1e-3, 1e3)
+            check_within("std", value, 1e-3, 1e3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +98,8 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         """Refuses widths that are not positive."""
-        _within("hidden", self.hidden, 1, 65536)
-        _within("out", self.out, 1, 65536)
+        check_within("hidden", self.hidden, 1, 65536)
+        check_within("out", self.out, 1, 65536)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,30 +117,54 @@ class OptimizerConfig:
     """Of lars and sgd (the authors' code); adamw uses its (0.9, 0.999)."""
     trust_coefficient: float = 1e-3
     """Of lars: length of a step as a part of the weights' (the authors' code, eta)."""
+    trust_clip: bool = False
+    """Of lars: never step further than plain SGD would (LARC; solo-learn's clip_lr)."""
     warmup_epochs: float = 10.0
     """Linear warm-up (section 3.3); never more than a tenth of the run."""
+    predictor_lr_factor: float = 1.0
+    """Learning rate of the predictor over the others'. 10 is what the authors' own search found to
+    help where the target is not averaged (paper, appendix I); 1 is their setting otherwise."""
+    spike_factor: float = 10.0
+    """A gradient longer than this many times the running mean length is shortened to it; 0: never.
+    A guard, far from what a healthy run meets: how often it acted is in metrics.jsonl."""
 
     def __post_init__(self) -> None:
         """Refuses values that no step could be taken with."""
-        _within("lr", self.lr, 1e-9, 1e3)
-        _within("weight_decay", self.weight_decay, 0.0, 1.0)
-        _within("momentum", self.momentum, 0.0, 0.9999)
-        _within("trust_coefficient", self.trust_coefficient, 1e-9, 10.0)
-        _within("warmup_epochs", self.warmup_epochs, 0.0, 1e6)
+        check_within("lr", self.lr, 1e-9, 1e3)
+        check_within("weight_decay", self.weight_decay, 0.0, 1.0)
+        check_within("momentum", self.momentum, 0.0, 0.9999)
+        check_within("trust_coefficient", self.trust_coefficient, 1e-9, 10.0)
+        check_within("warmup_epochs", self.warmup_epochs, 0.0, 1e6)
+        check_within("predictor_lr_factor", self.predictor_lr_factor, 0.01, 1000.0)
+        check_within("spike_factor", self.spike_factor, 0.0, 1e6)
+        if 0.0 < self.spike_factor < 1.5:
+            raise InvalidConfig(
+                f"spike_factor {self.spike_factor} would shorten ordinary steps; 1.5 or more, or 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One pretraining run; with the images and the machine, all that decides its outcome."""
 
-    encoder: EncoderName = "resnet50"
-    """The backbone (section 3.3: ResNet-50)."""
+    encoder: str = "resnet50"
+    """The backbone (section 3.3: ResNet-50): one of `ENCODERS`, or timm:NAME."""
     stem: Stem = "imagenet"
     """imagenet: 7x7 stride 2 and max-pool; small: 3x3 stride 1, no pool, below 100 px."""
+    zero_init: bool = False
+    """Start the last batch norm of each residual block at zero, so that blocks start as identities
+    (Goyal et al. 2017, arXiv 1706.02677, section 5.1). ResNets only."""
+    start_from: str = ""
+    """Weights that the encoder starts from, see `weights.py`: a run directory, a file of
+    torchvision's or timm's weights, or `timm` for those that timm downloads. Empty: fresh ones."""
     image_size: int = 224
     """Side of the views in pixels (section 3.3)."""
     batch_size: int = 256
-    """Images per step (section 3.3: 4096 on 512 TPU cores; figure 3a: 256 loses 0.7 points)."""
+    """Images per optimiser step, over all processes and micro-batches (section 3.3: 4096 on 512 TPU
+    cores; figure 3a: 256 loses 0.7 points)."""
+    accumulate: int = 1
+    """Micro-batches that a step is split into where memory is short. Batch norm sees one at a time;
+    the target moves once a step."""
     epochs: int = 100
     """Passes over the images; ignored where `max_steps` or `max_seconds` is set."""
     max_steps: int | None = None
@@ -163,6 +173,17 @@ class TrainConfig:
     """Length of the run in seconds: schedules are fitted so that they end when it does."""
     tau_base: float = 0.99
     """τ at the first step (section 3.3: 0.996 for 1000 epochs; authors' code: 0.99 for 100)."""
+    tau_final: float = 1.0
+    """τ at the last step (section 3.3: 1)."""
+    tau_batch: int | None = None
+    """Batch size that `tau_base` was found at: with k times as many images per step τ becomes τ^k
+    (Busbridge et al. 2023, arXiv 2307.13813). None: τ as it is."""
+    target_norm: TargetNorm = "own"
+    """own: the target's batch norms normalise by the batch, as the paper's; average: by averaged
+    statistics of the online network (EMAN, Cai et al. 2021, arXiv 2101.08482)."""
+    views: int = 2
+    """Views of each image; each is predicted against the mean of the others' target projections
+    (FastSiam, Pototzky et al. 2022: 4). Step time grows with them."""
     symmetrised: bool = True
     """Sum the loss over both assignments of the views (section 3.1, equation 2 and below)."""
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -177,37 +198,63 @@ class TrainConfig:
     """auto: the first CUDA device if there is one; or a torch device name."""
     precision: Precision = "auto"
     """auto: bf16 autocast where the hardware multiplies in it, else fp32."""
+    compile: Compile = "auto"
+    """torch.compile for the networks: auto uses it on CUDA, and goes on without where it fails."""
     log_every: int = 20
     """Steps between readings of the loss: reading it waits for the device."""
+    tensorboard: bool = False
+    """Write the readings for TensorBoard too, into the run's tensorboard/."""
     checkpoint_every_epochs: int = 10
     """Epochs between checkpoints; one is always written at the end."""
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
-        _choice("encoder", self.encoder, EncoderName)
-        _choice("stem", self.stem, Stem)
-        _choice("optimizer.name", self.optimizer.name, OptimizerName)
-        _choice("precision", self.precision, Precision)
-        _within("image_size", self.image_size, 8, 4096)
-        _within("batch_size", self.batch_size, 2, 1_000_000)
-        _within("epochs", self.epochs, 1, 1_000_000)
-        _within("tau_base", self.tau_base, 0.0, 1.0)
-        _within("log_every", self.log_every, 1, 1_000_000)
-        _within("checkpoint_every_epochs", self.checkpoint_every_epochs, 1, 1_000_000)
-        _within("seed", self.seed, 0, 2**31 - 1)
+        if self.encoder not in ENCODERS and not self.encoder.startswith("timm:"):
+            raise InvalidConfig(
+                f"encoder {self.encoder!r} is unknown; choose one of {', '.join(ENCODERS)}"
+                " or timm:NAME"
+            )
+        check_choice("stem", self.stem, Stem)
+        check_choice("optimizer.name", self.optimizer.name, OptimizerName)
+        check_choice("precision", self.precision, Precision)
+        check_choice("compile", self.compile, Compile)
+        check_choice("target_norm", self.target_norm, TargetNorm)
+        self._check_batch()
+        check_within("image_size", self.image_size, 8, 4096)
+        check_within("epochs", self.epochs, 1, 1_000_000)
+        check_range("(tau_base, tau_final)", (self.tau_base, self.tau_final), 0.0, 1.0)
+        check_within("log_every", self.log_every, 1, 1_000_000)
+        check_within("checkpoint_every_epochs", self.checkpoint_every_epochs, 1, 1_000_000)
+        check_within("seed", self.seed, 0, 2**31 - 1)
         if self.max_steps is not None:
-            _within("max_steps", self.max_steps, 1, 10**9)
+            check_within("max_steps", self.max_steps, 1, 10**9)
         if self.max_seconds is not None:
-            _within("max_seconds", self.max_seconds, 1.0, 10**8)
+            check_within("max_seconds", self.max_seconds, 1.0, 10**8)
+
+    def _check_batch(self) -> None:
+        check_within("batch_size", self.batch_size, 2, 1_000_000)
+        check_within("accumulate", self.accumulate, 1, self.batch_size // 2)
+        if self.batch_size % self.accumulate:
+            raise InvalidConfig(
+                f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate};"
+                " make it one"
+            )
+        check_within("views", self.views, 2, 16)
+        if self.views > 2 and not self.symmetrised:
+            raise InvalidConfig(f"views {self.views} needs symmetrised: every view is predicted")
+        if self.tau_batch is not None:
+            check_within("tau_batch", self.tau_batch, 1, 1_000_000)
 
     @classmethod
-    def small(cls, **changes: Any) -> Self:
-        """For small pictures on a CPU: the six-layer encoder at 32 pixels; see docs/byol.md.
+    def small(cls, **changes: Any) -> "TrainConfig":
+        """Recipe `small`, for small pictures on a CPU: the six-layer encoder at 32 pixels.
 
         Args:
             changes: fields of `TrainConfig` to set otherwise.
         """
-        return dataclasses.replace(cls(**_SMALL), **changes)
+        from byol_training.recipes import load_recipe
+
+        return dataclasses.replace(load_recipe("small").config, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for `json.dumps`."""
@@ -220,62 +267,4 @@ class TrainConfig:
         Raises:
             InvalidConfig: an unknown field, a value of the wrong type, or one outside its limits.
         """
-        return _build(cls, values, "")
-
-
-# Jitter, grey and crops as solo-learn's CIFAR recipe (scripts/pretrain/cifar/byol.yaml): no blur at
-# 32 pixels, where two pixels of sigma leave little to recognise. The rest was measured; see docs.
-_SMALL_VIEW = ViewConfig(crop_scale=(0.2, 1.0), blur_p=0.0)
-_SMALL: dict[str, Any] = {
-    "encoder": "small",
-    "stem": "small",
-    "image_size": 32,
-    "batch_size": 128,
-    "epochs": 100,
-    "tau_base": 0.99,
-    "head": HeadConfig(hidden=256, out=64),
-    "optimizer": OptimizerConfig(name="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=2.0),
-    "augment": AugmentConfig(
-        first=_SMALL_VIEW, second=dataclasses.replace(_SMALL_VIEW, solarise_p=0.2)
-    ),
-}
-
-
-def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """An instance of dataclass `cls` from plain values; `where` is the path for messages."""
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            raise InvalidConfig(
-                f"unknown setting {where}{key}; choose one of {', '.join(sorted(hints))}"
-            )
-    return cls(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type a field declares: JSON knows neither tuples nor dataclasses."""
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
-        return _build(hint, value, where + ".")
-    if origin is tuple and isinstance(value, list | tuple):
-        items = typing.get_args(hint)
-        if len(value) == len(items):
-            pairs = zip(items, value, strict=True)
-            return tuple(_convert(item, one, where) for item, one in pairs)
-    elif origin is Literal and value in typing.get_args(hint):
-        return value
-    elif origin is types.UnionType:
-        if value is None:
-            return None
-        return _convert(typing.get_args(hint)[0], value, where)
-    elif isinstance(hint, type) and type(value) is hint:
-        return value
-    elif hint is float and type(value) is int:
-        return float(value)
-    raise InvalidConfig(f"{where} cannot be {value!r}; it must be {_hint_name(hint)}")
-
-
-def _hint_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) else str(hint)
+        return build(cls, values, "")

@@ -1,41 +1,33 @@
-"""Images for training: a folder or a tar archive becomes one uint8 array.
+"""Images for training: a source becomes one uint8 array.
 
-Every picture is decoded once, by the project's only decoder, and kept at a fixed size. One that
-cannot be read is skipped and listed, never fatal.
+Every picture is decoded once, by the project's only decoder, and kept at a fixed size: in memory,
+in a temporary file, or in a cache that later runs use again. One that cannot be read is skipped and
+listed, never fatal.
 """
 
 import hashlib
 import os
-import tarfile
 import tempfile
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from byol_serving import images as decoding
 from byol_serving.errors import ByolError, InvalidSource
+from byol_training import cache as caches
+from byol_training.sources import SUFFIXES, Listing, Read, Rejected, list_source, read_source
 
-SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"]
-)
+__all__ = ["Images", "Rejected", "images_from_arrays", "list_images", "load_images", "read_images"]
+
+Resize = Literal["short_side", "squash", "whole"]
 IN_MEMORY_LIMIT = 4 * 2**30
 """Bytes of pixels held in memory; beyond, they lie in a temporary file, memory-mapped."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rejected:
-    """A file that was to be an image and could not be read."""
-
-    path: str
-    """Relative to the source."""
-    reason: str
-    """One line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +46,42 @@ class Images:
     """Files that could not be read, in the order of their names."""
     fingerprint: str
     """sha256, in hex, over names and sizes in bytes: tells one data set from another."""
+    shapes: NDArray[np.int64] | None = None
+    """int64 [N, 2]: height and width of the pictures that were squashed whole; None where the
+    pixels have their aspect."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the pixels are a memory-mapped file."""
+        return isinstance(self.pixels, np.memmap)
 
     def __len__(self) -> int:
         """How many images there are."""
         return len(self.names)
 
+    def squares(self, rows: NDArray[np.int64]) -> decoding.Pixels:
+        """Some of the images, with their own aspect, and the centres of those that are not square.
 
-@dataclass(frozen=True)
-class _Entry:
-    """One candidate: where it is named, and how its bytes are had (in a worker thread)."""
+        Args:
+            rows: int64 [n].
 
-    row: int
-    name: str
-    read: Callable[[], bytes]
+        Returns:
+            uint8 [n, S, S, 3].
+        """
+        if self.shapes is None:
+            return self.pixels[rows]
+        pairs = zip(self.pixels[rows], self.shapes[rows], strict=True)
+        return np.stack([_centre(pixels, *shape) for pixels, shape in pairs])
+
+
+def _centre(pixels: decoding.Pixels, height: int, width: int) -> decoding.Pixels:
+    """The centre of a squashed picture of that height and width, uint8 [S, S, 3] again."""
+    side = len(pixels)
+    rows = max(1, round(side * min(1.0, width / height)))
+    columns = max(1, round(side * min(1.0, height / width)))
+    top, left = (side - rows) // 2, (side - columns) // 2
+    kept = np.ascontiguousarray(pixels[top : top + rows, left : left + columns])
+    return decoding.to_input(kept, decoding.Preprocess(size=side, resize="squash"))
 
 
 def load_images(
@@ -74,58 +89,59 @@ def load_images(
     size: int,
     *,
     workers: int | None = None,
-    resize: Literal["short_side", "squash"] = "short_side",
+    resize: Resize = "short_side",
     only: Collection[str] | None = None,
+    crop_fraction: float = 1.0,
+    cache: Path | None = None,
 ) -> Images:
-    """Reads every image under a folder, or in a tar archive.
+    """Reads every image of a source.
 
     Args:
-        source: a folder, searched to any depth, or a tar archive, compressed or not. Files whose
-            suffix is that of an image count; hidden ones do not.
+        source: a folder, tar archives, Parquet files or a list; see `sources.list_source`.
         size: side of the stored square. At the side of the views, crops are enlarged, never
             shrunk; store more where the pictures are larger and fine detail matters.
         workers: decoding threads; as many as there are processors by default.
-        resize: short_side keeps the aspect and the centre; squash keeps everything.
+        resize: short_side keeps the aspect and the centre; squash keeps everything, out of shape;
+            whole does too, and remembers the shapes, so that crops are as those of the pictures.
         only: names, as `list_images` gives them, to read; all by default.
+        crop_fraction: part of the short side that the centre crop keeps.
+        cache: a folder to keep the decoded images in; the next run with the same source, unchanged,
+            reads them from there.
 
     Raises:
         InvalidSource: nothing there, unreadable, or not one readable image in it.
+        StoreError: no room in the cache.
     """
-    how = decoding.Preprocess(size=size, resize=resize)
-    wanted = None if only is None else frozenset(only)
-    if source.is_dir():
-        names = [name for name in _scan(source) if wanted is None or name in wanted]
-        entries: Iterable[_Entry] = (
-            _Entry(row, name, (source / name).read_bytes) for row, name in enumerate(names)
-        )
-        return _gather(source, names, entries, how, workers, [])
-    return _load_tar(source, how, workers, wanted)
+    listing = list_source(source)
+    how = decoding.Preprocess(
+        size=size, resize="squash" if resize == "whole" else resize, crop_fraction=crop_fraction
+    )
+    if cache is None:
+        return _gather(source, listing, how, workers, only, whole=resize == "whole")
+    key = _key(listing, how, resize, only)
+    found = caches.find(cache, key)
+    if found is not None:
+        return _from_cache(*found)
+    return _gather(
+        source, listing, how, workers, only, whole=resize == "whole", cache=cache, key=key
+    )
 
 
 def list_images(source: Path) -> list[str]:
-    """Names of the candidate images in a folder or tar archive, sorted; nothing is decoded.
+    """Names of the candidate images of a source, sorted; nothing is decoded.
 
     Raises:
         InvalidSource: nothing there, or unreadable.
     """
-    if source.is_dir():
-        return _scan(source)
-    members, _ = _tar_members(source)
-    return sorted(str(PurePosixPath(name)) for name in members)
+    return sorted(list_source(source).names)
 
 
 def read_images(source: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
     """(name, encoded bytes) of the named images, in the source's order; raises InvalidSource."""
-    if source.is_dir():
-        for name in names:
-            yield name, (source / name).read_bytes()
-        return
-    wanted = frozenset(names)
-    members, _ = _tar_members(source)
-    order = {position: position for position in range(len(members))}
-    for entry in _tar_entries(source, [str(PurePosixPath(name)) for name in members], order):
-        if entry.name in wanted:
-            yield entry.name, entry.read()
+    wanted, listing = frozenset(names), list_source(source)
+    for position, read in read_source(listing):
+        if listing.names[position] in wanted:
+            yield listing.names[position], read()
 
 
 def images_from_arrays(
@@ -177,146 +193,101 @@ def common_labels(
     return bank_map[bank.labels], query_map[queries.labels]
 
 
-def _scan(folder: Path) -> list[str]:
-    """Relative names of candidate files, sorted; about a million a few seconds (os.scandir)."""
-    found: list[str] = []
-    pending, seen = [""], {os.path.realpath(folder)}
-    while pending:
-        inside = pending.pop()
-        try:
-            with os.scandir(folder / inside) as entries:
-                for entry in entries:
-                    name = inside + entry.name
-                    if entry.name.startswith("."):
-                        continue
-                    if not entry.is_dir():
-                        if _is_candidate(name):
-                            found.append(name)
-                    elif not entry.is_symlink():
-                        pending.append(name + "/")
-                    elif (real := os.path.realpath(entry.path)) not in seen:  # links may loop
-                        seen.add(real)
-                        pending.append(name + "/")
-        except OSError as error:
-            raise InvalidSource(
-                f"{folder / inside} cannot be listed ({error.strerror}); check its permissions"
-            ) from error
-    return sorted(found)
-
-
-def _is_candidate(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - called a million times
-
-
-def _load_tar(
-    source: Path, how: decoding.Preprocess, workers: int | None, wanted: frozenset[str] | None
-) -> Images:
-    """Two passes: headers, to know how many there are; then bytes, in the archive's own order."""
-    members, broken = _tar_members(source)
-    names = [str(PurePosixPath(name)) for name in members]
-    rows = [i for i in range(len(names)) if wanted is None or names[i] in wanted]
-    rows.sort(key=names.__getitem__)
-    row_of = {position: row for row, position in enumerate(rows)}
-    entries = _tar_entries(source, names, row_of)
-    return _gather(source, [names[i] for i in rows], entries, how, workers, broken)
-
-
-def _tar_members(source: Path) -> tuple[list[str], list[Rejected]]:
-    """Names of the candidates in the archive's order, and what was wrong with its end."""
-    if not source.exists():
-        raise InvalidSource(f"{source} does not exist; give a folder or a tar archive of images")
-    names: list[str] = []
-    broken: list[Rejected] = []
-    try:
-        with tarfile.open(source) as archive:
-            try:
-                names.extend(m.name for m in archive if _is_member(m))
-            except (tarfile.TarError, OSError, EOFError) as error:  # truncated: keep what is there
-                broken.append(Rejected(path=source.name, reason=f"archive ends early ({error})"))
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InvalidSource(
-            f"{source} is no readable tar archive ({error}); give a folder or a tar archive"
-        ) from error
-    return names, broken
-
-
-def _is_member(member: tarfile.TarInfo) -> bool:
-    hidden = any(p.startswith(".") for p in PurePosixPath(member.name).parts)
-    return member.isfile() and not hidden and _is_candidate(member.name)
-
-
-def _tar_entries(source: Path, names: list[str], row_of: dict[int, int]) -> Iterator[_Entry]:
-    """Entries with their bytes read here: an archive has one position for all workers."""
-    with tarfile.open(source) as archive:
-        position = 0
-        while position < len(names) and (member := archive.next()) is not None:
-            if not _is_member(member):
-                continue
-            row, name = row_of.get(position), names[position]
-            position += 1
-            if row is None:
-                continue
-            try:
-                file = archive.extractfile(member)
-                data = file.read() if file else b""
-            except (tarfile.TarError, OSError, EOFError):
-                data = b""
-            yield _Entry(row, name, lambda data=data: data)  # type: ignore[misc]
-
-
 def _gather(
     source: Path,
-    names: list[str],
-    entries: Iterable[_Entry],
+    listing: Listing,
     how: decoding.Preprocess,
     workers: int | None,
-    rejected: list[Rejected],
+    only: Collection[str] | None,
+    *,
+    whole: bool,
+    cache: Path | None = None,
+    key: str = "",
 ) -> Images:
     """Decodes in threads (decoders release the interpreter lock) into rows, then drops the gaps."""
-    pixels = _allocate((len(names), how.size, how.size, 3))
-    sizes = np.full(len(names), -1, dtype=np.int64)
+    wanted = None if only is None else frozenset(only)
+    rows = [i for i, name in enumerate(listing.names) if wanted is None or name in wanted]
+    rows.sort(key=listing.names.__getitem__)
+    names = [listing.names[i] for i in rows]
+    row_of = {position: row for row, position in enumerate(rows)}
+    shape = (len(names), how.size, how.size, 3)
+    draft = None if cache is None or not names else caches.Draft(cache, key, shape)
+    pixels = _allocate(shape) if draft is None else draft.pixels
+    shapes = np.zeros((len(names), 2), np.int64)
+    sizes = np.full(len(names), -1, np.int64)
     reasons: dict[int, str] = {}
 
-    def work(entry: _Entry) -> None:
+    def work(position: int, read: Read) -> None:
+        row = row_of[position]
         try:
-            data = entry.read()
-            pixels[entry.row] = decoding.load_input(data, how)
-            sizes[entry.row] = len(data)
+            data = read()
+            pixels[row] = decoding.load_input(data, how)
+            if whole:
+                shapes[row] = decoding.upright_size(data)
+            sizes[row] = len(data)
         except (ByolError, OSError) as error:
-            reasons[entry.row] = str(error)
+            reasons[row] = str(error)
 
-    _run(work, entries, workers or os.cpu_count() or 1)
-    rejected = rejected + [
-        Rejected(path=names[row], reason=reasons[row]) for row in sorted(reasons)
-    ]
-    kept = np.flatnonzero(sizes >= 0)
+    try:
+        todo = (each for each in read_source(listing) if each[0] in row_of)
+        _run(work, todo, workers or os.cpu_count() or 1)
+        broken = [Rejected(path=names[row], reason=reasons[row]) for row in sorted(reasons)]
+        kept = np.flatnonzero(sizes >= 0)
+        _refuse_empty(source, kept, listing.broken + broken)
+        for new, old in enumerate(kept):
+            if new != old:
+                pixels[new] = pixels[old]
+        facts = {
+            "names": [names[row] for row in kept],
+            "rejected": [asdict(each) for each in listing.broken + broken],
+            "fingerprint": _fingerprint([names[row] for row in kept], sizes[kept]),
+            "shapes": shapes[kept].tolist() if whole else None,
+        }
+        stored = pixels[: len(kept)] if draft is None else draft.keep(len(kept), facts)
+    except BaseException:
+        if draft is not None:
+            draft.discard()
+        raise
+    return _from_cache(stored, facts)
+
+
+def _from_cache(pixels: NDArray[np.uint8], facts: dict[str, Any]) -> Images:
+    labels, classes = _classes(facts["names"])
+    return Images(
+        pixels=pixels,
+        names=facts["names"],
+        labels=labels,
+        classes=classes,
+        rejected=[Rejected(**each) for each in facts["rejected"]],
+        fingerprint=facts["fingerprint"],
+        shapes=None if facts["shapes"] is None else np.array(facts["shapes"], np.int64),
+    )
+
+
+def _key(
+    listing: Listing, how: decoding.Preprocess, resize: Resize, only: Collection[str] | None
+) -> str:
+    """The same for the same files, unchanged, decoded the same way."""
+    chosen = "" if only is None else "\n".join(sorted(only))
+    text = f"1\0{listing.stamp}\0{how}\0{resize}\0{chosen}"
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
+
+
+def _refuse_empty(source: Path, kept: NDArray[np.intp], rejected: list[Rejected]) -> None:
     if len(kept) == 0:
         first = f", the first: {rejected[0].path}: {rejected[0].reason}" if rejected else ""
         raise InvalidSource(
             f"no readable image in {source} ({len(rejected)} rejected{first});"
             f" give files ending in {' '.join(sorted(SUFFIXES))}"
         )
-    for new, old in enumerate(kept):
-        if new != old:
-            pixels[new] = pixels[old]
-    kept_names = [names[row] for row in kept]
-    labels, classes = _classes(kept_names)
-    return Images(
-        pixels=pixels[: len(kept)],
-        names=kept_names,
-        labels=labels,
-        classes=classes,
-        rejected=rejected,
-        fingerprint=_fingerprint(kept_names, sizes[kept]),
-    )
 
 
-def _run(work: Callable[[_Entry], None], entries: Iterable[_Entry], workers: int) -> None:
+def _run(work: Callable[[int, Read], None], todo: Iterator[tuple[int, Read]], workers: int) -> None:
     """A pool with few tasks ahead, so that an archive's bytes do not pile up in memory."""
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        for entry in entries:
-            waiting.append(pool.submit(work, entry))
+        for position, read in todo:
+            waiting.append(pool.submit(work, position, read))
             if len(waiting) > 8 * workers:
                 waiting.popleft().result()
         for future in waiting:

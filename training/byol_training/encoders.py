@@ -7,8 +7,11 @@ names are the names of the dense feature maps an export may offer.
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from byol_serving.errors import InvalidConfig
+from byol_training.config import ENCODERS
+from byol_training.encoders_timm import TimmTrunk, build_trunk
 
 
 class Encoder(nn.Module):
@@ -38,13 +41,32 @@ class Encoder(nn.Module):
         return maps
 
 
-def build_encoder(name: str, stem: str = "imagenet") -> Encoder:
+class TimmEncoder(Encoder):
+    """A timm network as one stage, pooled and mapped its own way."""
+
+    def __init__(self, trunk: TimmTrunk, dim: int) -> None:
+        super().__init__({"trunk": trunk}, dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised float [N, 3, H, W] → float [N, dim], not l2-normalised."""
+        pooled: Tensor = self.stages["trunk"](images)
+        return pooled
+
+    def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Of each block for transformers, of each stage for others."""
+        trunk = self.stages["trunk"]
+        assert isinstance(trunk, TimmTrunk)
+        return trunk.maps(images)
+
+
+def build_encoder(name: str, stem: str = "imagenet", *, image_size: int = 224) -> Encoder:
     """A backbone with fresh weights.
 
     Args:
-        name: small, resnet18, resnet34 or resnet50.
+        name: one of `config.ENCODERS`, or timm:NAME for any of timm's.
         stem: of the ResNets: imagenet (7x7 stride 2, max-pool) or small (3x3 stride 1, no pool; as
-            the CIFAR experiments of He et al. 2015 and of SimCLR, appendix B.9). `small` has one.
+            the CIFAR experiments of He et al. 2015 and of SimCLR, appendix B.9). Others have one.
+        image_size: side of the images it will see: transformers have a position for each patch.
 
     Raises:
         InvalidConfig: an unknown name or stem.
@@ -60,10 +82,40 @@ def build_encoder(name: str, stem: str = "imagenet") -> Encoder:
             return _resnet(torchvision.models.resnet34(), 512, stem)
         case "resnet50":
             return _resnet(torchvision.models.resnet50(), 2048, stem)
+        case "resnet101":
+            return _resnet(torchvision.models.resnet101(), 2048, stem)
+        case "convnext_tiny":
+            return _convnext(torchvision.models.convnext_tiny(), 768)
+        case "convnext_small":
+            return _convnext(torchvision.models.convnext_small(), 768)
+        case "convnext_base":
+            return _convnext(torchvision.models.convnext_base(), 1024)
+        case _ if name.startswith("timm:"):
+            return TimmEncoder(*build_trunk(name.removeprefix("timm:"), image_size=image_size))
         case _:
             raise InvalidConfig(
-                f"encoder {name!r} is unknown; choose one of small, resnet18, resnet34, resnet50"
+                f"encoder {name!r} is unknown; choose one of {', '.join(ENCODERS)} or timm:NAME"
             )
+
+
+def zero_last_norms(encoder: Encoder) -> None:
+    """Zeroes the scale of each residual block's last batch norm, so that it starts as identity.
+
+    Raises:
+        InvalidConfig: the encoder has no such blocks.
+    """
+    found = 0
+    for module in encoder.modules():
+        match module:
+            case Bottleneck():
+                nn.init.zeros_(module.bn3.weight)
+            case BasicBlock():
+                nn.init.zeros_(module.bn2.weight)
+            case _:
+                continue
+        found += 1
+    if not found:
+        raise InvalidConfig("zero_init needs a ResNet; choose one or leave it out")
 
 
 def _resnet(net: nn.Module, dim: int, stem: str) -> Encoder:
@@ -77,6 +129,16 @@ def _resnet(net: nn.Module, dim: int, stem: str) -> Encoder:
         first = nn.Sequential(parts["conv1"], parts["bn1"], parts["relu"], parts["maxpool"])
     layers = {f"layer{i}": parts[f"layer{i}"] for i in (1, 2, 3, 4)}
     return Encoder({"stem": first, **layers}, dim)
+
+
+def _convnext(net: nn.Module, dim: int) -> Encoder:
+    """A torchvision ConvNeXt (Liu et al. 2022, arXiv 2201.03545), its classifier left behind.
+
+    `features` holds the stem, then stages of blocks with a downsampling layer before each but one.
+    """
+    parts = list(net.features.children())  # type: ignore[union-attr]
+    pairs = {f"stage{i}": parts[2 * i - 2 : 2 * i] for i in (1, 2, 3, 4)}
+    return Encoder({name: nn.Sequential(*pair) for name, pair in pairs.items()}, dim)
 
 
 def _small() -> Encoder:

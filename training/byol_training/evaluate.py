@@ -1,27 +1,36 @@
-"""Is the encoder any good? Measures on frozen embeddings, with labels and without.
+"""Is the encoder any good? Scores of a run or a bundle, beside the same network untrained and raw
+pixels.
 
-Every measure takes L2-normalised float32 embeddings [N, D] (rows) and, where labels are needed,
-int64 labels [N]. Nothing here looks at how the embeddings were made, so the same functions score
-raw pixels, an untrained encoder and a trained one.
+The measures are in neighbours.py, probes.py and label_free.py; they look at embeddings only, never
+at how those were made.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
+from torch.nn import functional as F
 
-from byol_serving.images import Pixels
+from byol_serving.bundle import INFO_FILE, load_bundle
+from byol_serving.encoder import Encoder
+from byol_serving.images import Pixels, Preprocess
 from byol_training.checkpoint import load_encoder
+from byol_training.config import AugmentConfig, TrainConfig
 from byol_training.data import Images, common_labels, list_images, load_images
 from byol_training.encoders import build_encoder
+from byol_training.label_free import draw_views, score_without_labels
+from byol_training.machine import choose_machine
+from byol_training.neighbours import Embeddings, Labels, knn_accuracy, retrieval
+from byol_training.probes import few_shot, logistic_probe, sgd_probe
 from byol_training.served import ServedEncoder
 
-Embeddings = NDArray[np.float32]
-Labels = NDArray[np.int64]
+Embed = Callable[[Pixels], Embeddings]
+"""uint8 [N, S, S, 3] to L2-normalised float32 [N, D]."""
+EVALUATION_FILE = "evaluation.json"
+"""Of a run directory: what `evaluate` gave last, for the report."""
+_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,172 +38,200 @@ class LabelledScores:
     """Measures that need labels; all are fractions, 0 .. 1."""
 
     knn_accuracy: float
-    linear_accuracy: float
+    """Weighted vote of 20 neighbours, T = 0.07."""
     precision_at_10: float
+    """Of the ten nearest, the part of the query's class."""
     mean_average_precision: float
+    """Over the whole ranking."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelFreeScores:
-    """Measures that need none."""
+class ProbeScores:
+    """Accuracies of classifiers fitted on the bank's labels and embeddings, 0 .. 1."""
 
-    rankme: float
-    """Effective rank of the embeddings, 1 .. D: near 1 is collapse (Garrido et al. 2023)."""
-    uniformity: float
-    """log mean exp(-2 |x - y|^2) over pairs, lower is more spread (Wang and Isola 2020)."""
-    spread: float
-    """Mean per-dimension standard deviation times sqrt(D): 1 is isotropic, 0 is collapse."""
-
-
-def pixel_embeddings(pixels: Pixels) -> Embeddings:
-    """The baseline without an encoder: pixels of each image, standardised, L2-normalised."""
-    flat = pixels.reshape(len(pixels), -1).astype(np.float32)
-    flat -= flat.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(flat, axis=1, keepdims=True)
-    normalised: Embeddings = flat / np.maximum(norms, 1e-6)
-    return normalised
+    logistic_accuracy: float
+    """L2-regularised logistic regression, L2 chosen on a held-out tenth."""
+    sgd_probe_accuracy: float
+    """The paper's linear evaluation by SGD, learning rate chosen likewise."""
+    few_shot_10_percent: float
+    """Logistic regression on a tenth of the labels, mean of three draws."""
+    few_shot_1_percent: float
+    """On a hundredth of them, one image a class at least."""
 
 
-def knn_accuracy(
-    bank: Embeddings,
-    bank_labels: Labels,
-    queries: Embeddings,
-    query_labels: Labels,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> float:
-    """Accuracy of the weighted k-nearest-neighbour vote, weights exp(cos / T) (Wu et al. 2018)."""
-    k = min(k, len(bank))
-    classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    keys, key_labels = torch.from_numpy(bank), torch.from_numpy(bank_labels)
-    correct = 0
-    for start in range(0, len(queries), 1024):
-        block = torch.from_numpy(queries[start : start + 1024])
-        cosine, index = (block @ keys.T).topk(k, dim=1)
-        votes = torch.zeros(len(block), classes)
-        votes.scatter_add_(1, key_labels[index], (cosine / temperature).exp())
-        wanted = torch.from_numpy(query_labels[start : start + 1024])
-        correct += int((votes.argmax(dim=1) == wanted).sum())
-    return correct / len(queries)
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is evaluated, ready to embed."""
+
+    preprocess: Preprocess
+    """How files become its input."""
+    embed: Embed
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """What its training drew views from; the paper's where that is not known."""
+    untrained: Embed | None = None
+    """The same network with fresh weights; None where its architecture is not known."""
 
 
-def linear_accuracy(
-    bank: Embeddings,
-    bank_labels: Labels,
-    queries: Embeddings,
-    query_labels: Labels,
-    *,
-    l2: float = 1e-4,
-) -> float:
-    """Accuracy of an L2-regularised logistic regression on frozen, standardised embeddings.
+def evaluate(
+    path: Path, source: Path, queries: Path | None = None, *, device: str = "auto"
+) -> dict[str, dict[str, float]]:
+    """Scores a run or a bundle beside the same encoder untrained and raw pixels.
 
-    Full-batch L-BFGS, so there is no learning rate to choose (paper, appendix C.2, transfer).
+    Args:
+        path: a run directory, a checkpoint or an encoder bundle.
+        source: images to look among; their class sub-folders, if any, are the labels.
+        queries: images held back; every sixth of `source` by default.
+        device: of a run's encoder: auto, or a torch device name.
+
+    Returns:
+        For `trained`, `untrained` and `pixels` the fields of LabelFreeScores and, where there are
+        labels, of LabelledScores and ProbeScores; nothing is fitted on `pixels`, and a bundle that
+        does not name its training has no `untrained`.
+
+    Raises:
+        InvalidSource: no checkpoint, or no images.
+        InvalidBundle: a damaged bundle.
+        InvalidConfig: a device that is not there.
     """
-    center, scale = bank.mean(axis=0), bank.std(axis=0) + 1e-6
-    features = torch.from_numpy((bank - center) / scale)
-    labels = torch.from_numpy(bank_labels)
-    classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    weight = torch.zeros(classes, bank.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def objective() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(features @ weight.T + bias, labels) + l2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch ships no annotation for it
-        return loss
-
-    solver.step(objective)  # type: ignore[no-untyped-call]  # likewise
-    with torch.no_grad():
-        tested = torch.from_numpy((queries - center) / scale) @ weight.T + bias
-    return float((tested.argmax(dim=1).numpy() == query_labels).mean())
+    subject = open_subject(path, device)
+    bank, held = bank_and_queries(source, queries, subject.preprocess)
+    scores = {"trained": score(subject.embed, subject, bank, held, probes=True)}
+    if subject.untrained is not None:
+        scores["untrained"] = score(subject.untrained, subject, bank, held, probes=True)
+    scores["pixels"] = score(pixel_embeddings, subject, bank, held, probes=False)
+    return scores
 
 
-def retrieval(
-    bank: Embeddings, bank_labels: Labels, queries: Embeddings, query_labels: Labels, *, k: int = 10
-) -> tuple[float, float]:
-    """Precision@k and mean average precision of ranking the bank by cosine, same label = relevant.
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run directory, rather than a bundle or one checkpoint."""
+    return (path / "checkpoints").is_dir()
 
-    A query whose label is not in the bank is left out of both; (nan, nan) if all are.
+
+def open_subject(path: Path, device: str = "auto") -> Subject:
+    """A run's newest encoder in PyTorch, or a bundle's in ONNX Runtime; raises as `evaluate`."""
+    if (path / INFO_FILE).exists():
+        return _bundle_subject(path)
+    encoder, config = load_encoder(path)
+    chosen = choose_machine(device, "fp32").device
+    mean, std = config.augment.mean, config.augment.std
+    return Subject(
+        preprocess=Preprocess(size=config.image_size),
+        embed=ServedEncoder(encoder, mean, std).to(chosen).embed,
+        augment=config.augment,
+        untrained=untrained(config).to(chosen).embed,
+    )
+
+
+def _bundle_subject(path: Path) -> Subject:
+    bundle = load_bundle(path)
+    encoder = Encoder(bundle)
+
+    def embed(pixels: Pixels) -> Embeddings:
+        starts = range(0, len(pixels), _BATCH)
+        return np.concatenate([encoder.embed(pixels[at : at + _BATCH]) for at in starts])
+
+    preprocess, training = bundle.info.preprocess, bundle.info.training
+    if not training:
+        return Subject(preprocess=preprocess, embed=embed)
+    config = TrainConfig.from_dict(training)
+    return Subject(
+        preprocess=preprocess,
+        embed=embed,
+        augment=config.augment,
+        untrained=untrained(config).embed,
+    )
+
+
+def untrained(config: TrainConfig) -> ServedEncoder:
+    """The network of a run with its initial weights; torch's global generators are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(config.encoder, config.stem)
+    return ServedEncoder(encoder, config.augment.mean, config.augment.std)
+
+
+def score(
+    embed: Embed, subject: Subject, bank: Images, held: Images, *, probes: bool
+) -> dict[str, float]:
+    """Every measure of one way to embed: those without labels, and with them where there are any.
+
+    Args:
+        embed: under test.
+        subject: whose input size and views are used.
+        bank: what would be indexed.
+        held: the queries; the measures without labels are of them.
+        probes: whether to fit classifiers too.
     """
-    precisions: list[float] = []
-    averages: list[float] = []
-    for query, label in zip(queries, query_labels, strict=True):
-        ranked = bank_labels[np.argsort(-(bank @ query), kind="stable")] == label
-        if not ranked.any():
-            continue
-        precisions.append(float(ranked[:k].mean()))
-        places = np.flatnonzero(ranked)
-        averages.append(float(np.mean(np.arange(1, len(places) + 1) / (places + 1))))
-    if not averages:
-        return float("nan"), float("nan")
-    return float(np.mean(precisions)), float(np.mean(averages))
+    asked = embed(held.pixels)
+    first, second = draw_views(held.pixels, subject.augment, subject.preprocess.size)
+    scores = asdict(score_without_labels(asked, (embed(first), embed(second))))
+    labels = common_labels(bank, held)
+    if labels is not None:
+        rows = embed(bank.pixels)
+        scores |= asdict(score_with_labels(rows, labels[0], asked, labels[1]))
+        if probes:
+            scores |= asdict(score_probes(rows, labels[0], asked, labels[1]))
+    return scores
 
 
 def score_with_labels(
     bank: Embeddings, bank_labels: Labels, queries: Embeddings, query_labels: Labels
 ) -> LabelledScores:
-    """All measures that need labels: the bank is what was indexed, the queries are held back."""
-    precision, average = retrieval(bank, bank_labels, queries[:2000], query_labels[:2000])
+    """Measures by neighbours: the bank is what was indexed, the queries are held back."""
+    found = retrieval(bank, bank_labels, queries, query_labels, k=10)
     return LabelledScores(
         knn_accuracy=knn_accuracy(bank, bank_labels, queries, query_labels),
-        linear_accuracy=linear_accuracy(bank, bank_labels, queries, query_labels),
-        precision_at_10=precision,
-        mean_average_precision=average,
+        precision_at_10=found.precision,
+        mean_average_precision=found.average_precision,
     )
 
 
-def score_without_labels(embeddings: Embeddings) -> LabelFreeScores:
-    """All measures that need no labels, over at most 10,000 embeddings."""
-    rows = torch.from_numpy(embeddings[:10_000])
-    singular = torch.linalg.svdvals(rows.double())
-    share = singular / singular.sum() + 1e-12
-    pairs = torch.pdist(rows[:2000]).square()
-    return LabelFreeScores(
-        rankme=float(torch.exp(-(share * share.log()).sum())),
-        uniformity=float(pairs.mul(-2).exp().mean().log()),
-        spread=float(rows.std(dim=0).mean() * rows.shape[1] ** 0.5),
+def score_probes(
+    bank: Embeddings, bank_labels: Labels, queries: Embeddings, query_labels: Labels
+) -> ProbeScores:
+    """Measures by fitted classifiers, with the same arguments."""
+    given = (bank, bank_labels, queries, query_labels)
+    return ProbeScores(
+        logistic_accuracy=logistic_probe(*given).accuracy,
+        sgd_probe_accuracy=sgd_probe(*given).accuracy,
+        few_shot_10_percent=few_shot(*given, part=0.1),
+        few_shot_1_percent=few_shot(*given, part=0.01),
     )
 
 
-def evaluate_run(run: Path, source: Path, queries: Path | None) -> dict[str, dict[str, float]]:
-    """Scores a trained run beside the same encoder untrained and raw pixels.
+def pixel_embeddings(pixels: Pixels, *, side: int = 32) -> Embeddings:
+    """The baseline without an encoder: pixels of each image, standardised, L2-normalised.
 
     Args:
-        run: a run directory.
-        source: images to look among; their class sub-folders, if any, are the labels.
-        queries: images held back; every sixth of `source` by default.
-
-    Returns:
-        For `trained`, `untrained` and `pixels` the fields of LabelFreeScores and, where there are
-        labels, of LabelledScores.
-
-    Raises:
-        InvalidSource: no checkpoint, or no images.
+        pixels: uint8 [N, S, S, 3].
+        side: larger images are averaged down to this first, so that any size can be compared.
     """
-    encoder, config = load_encoder(run)
-    bank, held = _bank_and_queries(source, queries, config.image_size)
-    untrained = build_encoder(config.encoder, config.stem)
-    mean, std = config.augment.mean, config.augment.std
-    labels = common_labels(bank, held)
-    scores: dict[str, dict[str, float]] = {}
-    for name, embed in (
-        ("trained", ServedEncoder(encoder, mean, std).embed),
-        ("untrained", ServedEncoder(untrained, mean, std).embed),
-        ("pixels", pixel_embeddings),
-    ):
-        rows, asked = embed(bank.pixels), embed(held.pixels)
-        scores[name] = asdict(score_without_labels(asked))
-        if labels is not None:
-            scores[name] |= asdict(score_with_labels(rows, labels[0], asked, labels[1]))
-    return scores
+    parts = []
+    for start in range(0, len(pixels), _BATCH):
+        planes = torch.from_numpy(pixels[start : start + _BATCH]).permute(0, 3, 1, 2).float()
+        if pixels.shape[1] > side:
+            planes = F.adaptive_avg_pool2d(planes, side)
+        parts.append(planes.flatten(1).numpy())
+    flat = np.concatenate(parts)
+    flat = flat - flat.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(flat, axis=1, keepdims=True)
+    normalised: Embeddings = flat / np.maximum(norms, 1e-6)
+    return normalised
 
 
-def _bank_and_queries(source: Path, queries: Path | None, size: int) -> tuple[Images, Images]:
+def bank_and_queries(
+    source: Path, queries: Path | None, preprocess: Preprocess
+) -> tuple[Images, Images]:
+    """Images to look among and images to ask with, every sixth of `source` where none are given."""
+
+    def load(where: Path, only: list[str] | None = None) -> Images:
+        size, resize = preprocess.size, preprocess.resize
+        return load_images(
+            where, size, resize=resize, only=only, crop_fraction=preprocess.crop_fraction
+        )
+
     if queries is not None:
-        return load_images(source, size), load_images(queries, size)
+        return load(source), load(queries)
     names = list_images(source)
     held = names[::6]
-    bank = sorted(set(names) - set(held))
-    return load_images(source, size, only=bank), load_images(source, size, only=held)
+    return load(source, sorted(set(names) - set(held))), load(source, held)

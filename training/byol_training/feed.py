@@ -1,13 +1,15 @@
-"""Batches of view pairs: a pure function of seed and step, so that resuming changes none."""
+"""Batches of views: a pure function of seed and step, so that resuming changes none."""
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from byol_training.augment import two_views
+from byol_training.augment import apply_views, draw_views
 from byol_training.config import TrainConfig
 from byol_training.data import Images
+from byol_training.parallel import World
 
 _DEVICE_SHARE = 0.4  # of free GPU memory that the images may take; the step needs the rest
 
@@ -15,46 +17,100 @@ _DEVICE_SHARE = 0.4  # of free GPU memory that the images may take; the step nee
 class Feed:
     """Shuffles, batches and augments.
 
+    The images lie on the device where they fit there. Where they do not, and where they lie on
+    disk, the next batch is read, and sent, while the step works on this one.
+
     Args:
-        images: all of them; on a GPU with room they are copied there once.
-        config: seed, views and their size.
+        images: all of them.
+        config: seed, views, their size and the micro-batches.
         batch_size: images per step; the last, incomplete batch of an epoch is dropped.
         device: where views are made.
+        world: of whose batches this process makes its part.
     """
 
     def __init__(
-        self, images: Images, config: TrainConfig, batch_size: int, device: torch.device
+        self,
+        images: Images,
+        config: TrainConfig,
+        batch_size: int,
+        device: torch.device,
+        world: World | None = None,
     ) -> None:
         self.config = config
         self.batch_size = batch_size
         self.device = device
         self.steps_per_epoch = len(images) // batch_size
+        self._names = images.names
+        self._world = world or World()
         self._pixels = torch.from_numpy(images.pixels)
+        self._shapes = None if images.shapes is None else torch.from_numpy(images.shapes)
         if device.type == "cuda" and self._fits_on_device():
             self._pixels = self._pixels.to(device)
+        ahead = images.on_disk or (device.type == "cuda" and self._pixels.device.type == "cpu")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed") if ahead else None
+        self._next: tuple[tuple[int, int], Future[Tensor]] | None = None
         self._generator = torch.Generator()
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
-    def views(self, step: int) -> tuple[Tensor, Tensor]:
-        """The two views of step `step`'s images: float32 [batch, 3, S, S] twice, channels last."""
+    def views(self, step: int, micro: int = 0) -> list[Tensor]:
+        """The views of a step's images, of this process's part of micro-batch `micro`.
+
+        Every draw is made for the whole batch, whoever works on it: parts are cut afterwards.
+
+        Returns:
+            `config.views` tensors float32 [batch / accumulate / processes, 3, S, S], channels last.
+        """
+        rows = self._rows(step, micro)
+        self._generator.manual_seed(derive(self.config.seed, "views", step))
+        draws = draw_views(
+            self.config.augment,
+            self.batch_size,
+            rows.shape[1],
+            self._generator,
+            views=self.config.views,
+            shapes=None if self._shapes is None else self._shapes[self._index(step)],
+        )
+        part = self._part(micro)
+        views = apply_views(
+            rows, self.config.augment, [draw.rows(part) for draw in draws], self.config.image_size
+        )
+        return [view.contiguous(memory_format=torch.channels_last) for view in views]
+
+    def names(self, step: int) -> list[str]:
+        """Names of a step's images, of all processes and micro-batches."""
+        return [self._names[row] for row in self._index(step).tolist()]
+
+    def _index(self, step: int) -> Tensor:
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, shuffle(self.config.seed, epoch, len(self._pixels))
-        index = self._order[position * self.batch_size : (position + 1) * self.batch_size]
-        self._generator.manual_seed(derive(self.config.seed, "views", step))
-        first, second = two_views(
-            self._batch(index), self.config.augment, self.config.image_size, self._generator
-        )
-        layout = torch.channels_last
-        return first.contiguous(memory_format=layout), second.contiguous(memory_format=layout)
+            self._epoch, self._order = epoch, shuffle(self.config.seed, epoch, len(self._names))
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
 
-    def _batch(self, index: Tensor) -> Tensor:
+    def _part(self, micro: int) -> slice:
+        return self._world.part(self.batch_size, self.config.accumulate, micro)
+
+    def _rows(self, step: int, micro: int) -> Tensor:
+        """uint8 [B, S, S, 3] on the device; the one after it is sent for."""
+        if self._reader is None:
+            return self._read(self._index(step)[self._part(micro)])
+        place = (step, micro)
+        if self._next is not None and self._next[0] == place:
+            rows = self._next[1].result()
+        else:
+            rows = self._read(self._index(step)[self._part(micro)])
+        last = micro + 1 == self.config.accumulate
+        step, micro = (step + 1, 0) if last else (step, micro + 1)
+        index = self._index(step)[self._part(micro)]
+        self._next = ((step, micro), self._reader.submit(self._read, index))
+        return rows
+
+    def _read(self, index: Tensor) -> Tensor:
         if self._pixels.device.type != "cpu":
             return self._pixels[index.to(self.device, non_blocking=True)]
-        batch = self._pixels[index]
+        rows = self._pixels[index]
         if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        return batch.to(self.device, non_blocking=True)
+            rows = rows.pin_memory()
+        return rows.to(self.device, non_blocking=True)
 
     def _fits_on_device(self) -> bool:
         free, _total = torch.cuda.mem_get_info(self.device)

@@ -1,12 +1,15 @@
 """Where to train, and in which number format."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from byol_serving.errors import InvalidConfig
-from byol_training.config import Precision
+from byol_training.config import Compile, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,40 @@ def choose_machine(device: str, precision: Precision) -> Machine:
         reason = str(error).splitlines()[0]
         raise InvalidConfig(f"device {device!r} cannot be used ({reason}); try auto") from error
     return Machine(device=chosen, bf16=precision == "bf16" or _fast_bf16(chosen, precision))
+
+
+def use_processors(processes: int) -> int:
+    """Sets torch's threads to this process's share of the processors it may use; returns them.
+
+    torch counts processors and knows no quota of a container; torchrun sets one thread a process.
+    OMP_NUM_THREADS is kept to, unless torchrun set it.
+
+    Args:
+        processes: of this run on this machine.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        usable = min(usable or 1, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        pass
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    threads = max(1, (usable or 1) // processes)
+    if processes == 1 and asked.isdecimal():
+        threads = int(asked)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def compile_networks(model: nn.Module, wanted: Compile, machine: Machine) -> None:
+    """torch.compile for `model`, in place; what cannot be compiled goes on without.
+
+    On processors `auto` leaves it out: measured, see docs/training.md.
+    """
+    if wanted == "off" or (wanted == "auto" and machine.device.type != "cuda"):
+        return
+    torch._dynamo.config.suppress_errors = True  # falls back, with a line in the log
+    model.compile()
 
 
 def _fast_bf16(device: torch.device, precision: Precision) -> bool:

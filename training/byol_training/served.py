@@ -1,5 +1,7 @@
 """The function that a bundle computes, in PyTorch: what is exported, and what is evaluated."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,15 +9,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from byol_serving.images import Pixels
+from byol_training.whitening import Whitening
 
 
 class ServedEncoder(nn.Module):
     """uint8 [N, S, S, 3] -> L2-normalised float32 [N, D]; scaling, mean and std are inside."""
 
     def __init__(
-        self, encoder: nn.Module, mean: tuple[float, float, float], std: tuple[float, float, float]
+        self,
+        encoder: nn.Module,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        whitening: Whitening | None = None,
     ) -> None:
         super().__init__()
+        self.whiten: nn.Module = nn.Identity() if whitening is None else _layer(whitening)
         self.encoder = encoder
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).reshape(3, 1, 1)))
         self.register_buffer("shift", torch.tensor(mean).div(torch.tensor(std)).reshape(3, 1, 1))
@@ -23,18 +31,62 @@ class ServedEncoder(nn.Module):
         self.shift: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pixels to embeddings."""
-        planes = images.permute(0, 3, 1, 2).to(torch.float32)
-        return F.normalize(self.encoder(planes * self.scale - self.shift), dim=1)
+        """Pixels to embeddings, whitened and normalised in float32."""
+        return F.normalize(self.whiten(self.encode(images)), dim=1)
 
-    def embed(self, pixels: Pixels, *, batch_size: int = 512) -> NDArray[np.float32]:
-        """Embeds uint8 [N, S, S, 3] in eval mode, in batches, on the encoder's device."""
+    def planes(self, images: Tensor) -> Tensor:
+        """uint8 [N, S, S, 3] -> the encoder's input, normalised float [N, 3, S, S]."""
+        planes = images.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift
+        return planes.to(next((p.dtype for p in self.encoder.parameters()), torch.float32))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pixels to what the encoder gives, float32 [N, D], neither whitened nor normalised."""
+        rows: Tensor = self.encoder(self.planes(images))
+        return rows.to(torch.float32)
+
+    def embed(
+        self, pixels: Pixels, *, batch_size: int = 512, normalised: bool = True
+    ) -> NDArray[np.float32]:
+        """Embeds uint8 [N, S, S, 3] in eval mode, in batches, on the encoder's device.
+
+        Args:
+            pixels: the images.
+            batch_size: how many at a time.
+            normalised: off: what the encoder gives, see `encode`.
+        """
         was_training = self.training
         self.eval()
         rows: list[NDArray[np.float32]] = []
         with torch.inference_mode():
             for start in range(0, len(pixels), batch_size):
                 batch = torch.from_numpy(pixels[start : start + batch_size]).to(self.scale.device)
-                rows.append(self(batch).float().cpu().numpy())
+                found = self(batch) if normalised else self.encode(batch)
+                rows.append(found.float().cpu().numpy())
         self.train(was_training)
         return np.concatenate(rows)
+
+
+class ServedFeatures(nn.Module):
+    """A served encoder that also gives the dense feature maps of some of its stages."""
+
+    def __init__(self, served: ServedEncoder, stages: Sequence[str]) -> None:
+        super().__init__()
+        self.served = served
+        self.stages = tuple(stages)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [N, S, S, 3] -> embedding float32 [N, D], then float32 [N, C, H, W] of each stage.
+
+        The encoder runs twice here and once in the exported graph, which shares what is equal.
+        """
+        maps = self.served.encoder.feature_maps(self.served.planes(images))  # type: ignore[operator]
+        return (self.served(images), *(maps[name].to(torch.float32) for name in self.stages))
+
+
+def _layer(whitening: Whitening) -> nn.Linear:
+    """(rows - mean) @ matrix as one layer."""
+    matrix = torch.from_numpy(whitening.matrix)
+    layer = nn.Linear(*matrix.shape)
+    layer.weight = nn.Parameter(matrix.T.contiguous(), requires_grad=False)
+    layer.bias = nn.Parameter(-torch.from_numpy(whitening.mean) @ matrix, requires_grad=False)
+    return layer

@@ -20,11 +20,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
-def collection_name(name: str) -> str:
+def collection_name(name: str, what: str = "collection") -> str:
     """Raises InvalidRequest for a name that is not a plain folder name."""
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"collection name {name[:80]!r} is not allowed: use 1 to 64 letters, digits, '_', '.' "
+            f"{what} name {name[:80]!r} is not allowed: use 1 to 64 letters, digits, '_', '.' "
             "or '-', beginning with a letter or digit"
         )
     return name

@@ -8,26 +8,30 @@ from pathlib import Path
 
 import numpy as np
 
-from byol_serving.collections import checks, database, loading, rows, snapshot
+from byol_serving.collections import checks, database, loading, paging, rows, snapshot
 from byol_serving.collections.database import Database
 from byol_serving.collections.disk import publish
 from byol_serving.collections.exact import Found
 from byol_serving.collections.filters import Filter
 from byol_serving.collections.index import Index, IndexOptions, View
 from byol_serving.collections.matching import Matching
+from byol_serving.collections.ranking import ranked
 from byol_serving.collections.sql import compile_filter
-from byol_serving.collections.stats import IndexStats, stats_of
+from byol_serving.collections.stats import stats_of
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
     IndexKind,
+    IndexStats,
     Item,
     Metadata,
+    Page,
     UpsertCounts,
     Vectors,
+    Verification,
 )
 from byol_serving.collections.upkeep import Upkeep
-from byol_serving.collections.verifying import Verification, compare
+from byol_serving.collections.verifying import compare
 from byol_serving.errors import ByolError, InvalidRequest, StoreCorrupt, UnknownId
 
 _ATTEMPTS = 3
@@ -78,6 +82,8 @@ class LocalCollection:
             encoder_id=self.encoder_id,
             count=view.count,
             index=view.approximate.kind if view.approximate else "flat",
+            version=view.seq,
+            recall=view.approximate.tuning.recall if view.approximate else 1.0,
         )
 
     def stats(self) -> IndexStats:
@@ -171,6 +177,28 @@ class LocalCollection:
             for row, text in (found[each],)
         ]
 
+    def page(
+        self,
+        after: str,
+        limit: int,
+        *,
+        condition: Filter | None = None,
+        with_metadata: bool = True,
+        with_vectors: bool = False,
+    ) -> Page:
+        """Up to `limit` items after a page's `after`. See `types.Collection`."""
+        self._view()
+        with self._database.reading() as connection:
+            return paging.page(
+                connection,
+                self.dim,
+                paging.row_of(after),
+                limit,
+                condition,
+                with_metadata=with_metadata,
+                with_vectors=with_vectors,
+            )
+
     def search(
         self,
         queries: Vectors,
@@ -182,11 +210,7 @@ class LocalCollection:
         with_vectors: bool = False,
         effort: int | None = None,
     ) -> list[list[Hit]]:
-        """The k nearest of each query (float32 [Q, dim]), best first. See `types.Collection`.
-
-        `effort` replaces, for this call, what the index was tuned to: lists that are read (IVF) or
-        the width of the walk (HNSW). An exact index needs none.
-        """
+        """The k nearest of each query (float32 [Q, dim]), best first. See `types.Collection`."""
         unit = checks.unit_vectors(queries, self.dim)
         checks.effort(effort)
         for _ in range(_ATTEMPTS):
@@ -257,10 +281,12 @@ class LocalCollection:
         view = self._view()
         if condition is None:
             checks.k_of(k, view.count)
-            return view, self._index.search(view, unit, k, effort)
+            return view, ranked(lambda n: self._index.search(view, unit, n, effort), k, view.count)
         view, chosen = self._matching.positions(condition)
         checks.k_of(k, view.count)
-        return view, self._index.search_among(view, unit, k, chosen, effort)
+        return view, ranked(
+            lambda n: self._index.search_among(view, unit, n, chosen, effort), k, view.count
+        )
 
     def _hits(
         self,

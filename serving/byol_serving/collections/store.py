@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +20,8 @@ from byol_serving.errors import (
     AlreadyExists,
     ByolError,
     InvalidRequest,
+    NotFound,
+    StoreCorrupt,
     StoreError,
     StoreLocked,
     Unavailable,
@@ -105,25 +107,25 @@ class Store:
             "encoder_id": encoder_id,
             "index": checks.index_kind(index),
         }
-        with self._changing:
-            self._check_open(to_write=True)
-            final = self.path / name
-            with explained(final):
-                if final.exists():
-                    raise AlreadyExists(
-                        f"collection {name!r} exists: drop it or choose another name"
-                    )
-                temporary = self.path / f"{_NEW}{uuid.uuid4().hex}"
-                temporary.mkdir()
-                try:
-                    Database.create(temporary / database.FILE, meta)
-                    sync(temporary / database.FILE)
-                    publish(temporary, final)
-                except BaseException:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                    raise
-            self._collections[name] = self._open(name)
-            return self._collections[name]
+        return self._add(name, lambda file: Database.create(file, meta))
+
+    def restore(self, source: Path, name: str) -> LocalCollection:
+        """Brings back a collection from its folder in a backup. See `types.Store`."""
+        checks.collection_name(name)
+        if not (source / database.FILE).is_file():
+            raise NotFound(f"there is no backup of a collection at {source}: check its name")
+
+        def write(file: Path) -> None:
+            shutil.copyfile(source / database.FILE, file)
+            copy = LocalCollection(file.parent, name, read_only=True, options=self._options)
+            verification = copy.verify()
+            copy.close(Unavailable("verified"), keep=False)
+            if not verification.ok:
+                raise StoreCorrupt(
+                    f"backup {source} is damaged ({verification.problems[0]}): use another one"
+                )
+
+        return self._add(name, write)
 
     def get(self, name: str) -> LocalCollection:
         """The collection. Raises UnknownCollection, or what kept it from being opened."""
@@ -196,6 +198,28 @@ class Store:
             for collection in self._collections.values():
                 collection.close(Unavailable("the store is closed: the server is shutting down"))
             os.close(self._lock)
+
+    def _add(self, name: str, write: Callable[[Path], None]) -> LocalCollection:
+        """A collection whose database file `write` makes; whole and on disk, or not there."""
+        with self._changing:
+            self._check_open(to_write=True)
+            final = self.path / name
+            with explained(final):
+                if final.exists():
+                    raise AlreadyExists(
+                        f"collection {name!r} exists: drop it or choose another name"
+                    )
+                temporary = self.path / f"{_NEW}{uuid.uuid4().hex}"
+                temporary.mkdir()
+                try:
+                    write(temporary / database.FILE)
+                    sync(temporary / database.FILE)
+                    publish(temporary, final)
+                except BaseException:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    raise
+            self._collections[name] = self._open(name)
+            return self._collections[name]
 
     def _check_open(self, *, to_write: bool = False) -> None:
         if self._closed:

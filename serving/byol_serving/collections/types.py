@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -27,6 +28,10 @@ class CollectionInfo:
     count: int
     index: str
     """The index kind that answers searches now (with `auto`, the one it chose)."""
+    version: int | None = None
+    """Grows with every change; None where the backend does not count them."""
+    recall: float | None = None
+    """The part of the true nearest that the index finds; None until it is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +54,63 @@ class Hit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Page:
+    """Consecutive items, in the order they were stored (in Milvus: in the order of their ids)."""
+
+    items: Sequence[Item]
+    after: str
+    """Where the next page begins; empty after the last item."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class UpsertCounts:
     """How many items were new and how many replaced one of the same id."""
 
     inserted: int
     updated: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexStats:
+    """One moment of an index."""
+
+    kind: str
+    """What the collection was created with."""
+    answering: str
+    """What answers searches now."""
+    wanted: str
+    """What its size calls for: differs from `answering` while that is being built."""
+    count: int
+    deleted: int
+    """Positions of deleted items, not yet squeezed out."""
+    unabsorbed: int
+    """New items that are scanned beside the approximate index."""
+    effort: int | None
+    """Lists read (IVF) or width of the walk (HNSW) of a search; None for an exact index."""
+    recall: float
+    """Recall@10 on held-back queries when the index was built; 1 for an exact index."""
+    recall_target: float
+    vector_bytes: int
+    """Memory of the float32 vectors."""
+    index_bytes: int
+    """Memory of the approximate index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a comparison found. Lists name at most 100 items."""
+
+    stored: int
+    """Items in the store."""
+    indexed: int
+    """Items in the index."""
+    problems: tuple[str, ...]
+    """One line each; none where all is well."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether index and store agree and every checksum holds."""
+        return not self.problems
 
 
 class Collection(Protocol):
@@ -65,6 +122,22 @@ class Collection(Protocol):
     @property
     def info(self) -> CollectionInfo:
         """Name, dimension, encoder, count, index."""
+        ...
+
+    def stats(self) -> IndexStats:
+        """How the index stands.
+
+        Raises:
+            FailedPrecondition: the backend does not tell.
+        """
+        ...
+
+    def verify(self) -> Verification:
+        """Compares the index with the store, and all stored bytes with their checksums.
+
+        Raises:
+            FailedPrecondition: the backend cannot.
+        """
         ...
 
     def upsert(
@@ -95,6 +168,22 @@ class Collection(Protocol):
         """Items in the order of `ids`. Raises UnknownId."""
         ...
 
+    def page(
+        self,
+        after: str,
+        limit: int,
+        *,
+        condition: Filter | None = None,
+        with_metadata: bool = True,
+        with_vectors: bool = False,
+    ) -> Page:
+        """Up to `limit` items after a page's `after`, from the first where it is empty.
+
+        Walking all pages gives every item that is there throughout once. Raises InvalidRequest for
+        an `after` that no page gave.
+        """
+        ...
+
     def search(
         self,
         queries: Vectors,
@@ -104,13 +193,71 @@ class Collection(Protocol):
         min_score: float | None = None,
         with_metadata: bool = True,
         with_vectors: bool = False,
+        effort: int | None = None,
     ) -> list[list[Hit]]:
         """The k nearest of each query (float32 [Q, dim]), best first; exact under any filter.
 
-        Fewer than k come back where fewer items match the filter or reach min_score.
+        Equal scores are in the order of pages, so that the k best are always the
+        beginning of the k + 1 best (of an exact index; an approximate one may find more with more).
+        Fewer than k come back where fewer items match the filter or reach min_score. `effort`
+        replaces, for this call, what an approximate index was tuned to: lists that are read (IVF)
+        or the width of the walk (HNSW).
 
         Raises:
             InvalidRequest: k is below 1 or above the collection's size.
             InvalidVector: as in `upsert`.
         """
+        ...
+
+
+class Store(Protocol):
+    """A set of collections by name. All methods block and are thread-safe."""
+
+    def create(
+        self, name: str, *, dim: int, encoder_id: str, index: IndexKind = "flat"
+    ) -> Collection:
+        """Makes an empty collection; it is stored when this returns.
+
+        Raises:
+            InvalidRequest: the name, dimension or index kind is not allowed.
+            AlreadyExists: there is one of that name.
+            StoreError: the backend refused.
+        """
+        ...
+
+    def get(self, name: str) -> Collection:
+        """The collection. Raises UnknownCollection, or what kept it from being opened."""
+        ...
+
+    def list(self) -> list[CollectionInfo]:
+        """The facts of all collections, by name."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Deletes a collection with everything in it. Raises UnknownCollection."""
+        ...
+
+    def backup(self, destination: Path) -> None:
+        """Copies all collections into a new folder, each as of one moment, while serving.
+
+        Raises:
+            InvalidRequest: the destination exists.
+            FailedPrecondition: the backend cannot.
+            StoreError: it cannot be written.
+        """
+        ...
+
+    def restore(self, source: Path, name: str) -> Collection:
+        """Brings back one collection from its folder in a backup, while serving.
+
+        Raises:
+            NotFound: there is no such folder.
+            AlreadyExists: there is a collection of that name.
+            FailedPrecondition: the backend cannot.
+            StoreCorrupt: the copy is damaged; nothing is restored.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives the store up; later calls are Unavailable."""
         ...

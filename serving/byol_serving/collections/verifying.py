@@ -1,32 +1,15 @@
 """Compares an index with its store, bit for bit."""
 
 import sqlite3
-from dataclasses import dataclass
 
 import numpy as np
 
 from byol_serving.collections.exact import unpack
 from byol_serving.collections.index import View
 from byol_serving.collections.rows import text_holds, vector_holds
+from byol_serving.collections.types import Verification
 
 _MAX_NAMED = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """What a comparison found. Lists name at most 100 items."""
-
-    stored: int
-    """Items in the store."""
-    indexed: int
-    """Items in the index."""
-    problems: tuple[str, ...]
-    """One line each; none where all is well."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether index and store agree and every checksum holds."""
-        return not self.problems
 
 
 def compare(view: View, connection: sqlite3.Connection, dim: int) -> Verification:

@@ -1,5 +1,6 @@
 """Files that are whole or not there, whatever happens in between."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
         scratch.replace(path)
         fsync(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)  # on a full disk its bytes are wanted
         raise StoreError(
             f"{path} cannot be written ({error.strerror or error}); mend that and run again:"
             " finished shards are kept"

@@ -1,10 +1,12 @@
 """Which shards are finished, on disk beside the output: what makes a run resumable.
 
-    OUT/manifest.json            encoder, source, shard size, ids, output: must not change
-    OUT/journal/part-00000.jsonl one line an entry of a finished shard, in source order
-    OUT/vectors/part-00000.*     the rows, where the sink writes files
-    OUT/rejected.jsonl           path and reason, made anew at the end of each run
-    OUT/next/                    shards of an unfinished sync, and COMMIT once it is whole
+    OUT/part-00000.*                   the rows, where the sink writes files
+    OUT/_byol/manifest.json            encoder, source, shard size, ids, output: must not change
+    OUT/_byol/journal/part-00000.jsonl one line an entry of a finished shard, in source order
+    OUT/_byol/rejected.jsonl           path and reason, made anew at the end of each run
+    OUT/_byol/next/                    shards of an unfinished sync, and COMMIT once it is whole
+
+Readers of Parquet folders pass over names that begin with `_`, so OUT as a whole is a data set.
 
 A shard's record is renamed into place after its rows are on disk, so a record means rows. A sync
 shifts entries between shards while it still reads old ones, so it writes to next/ and then moves
@@ -20,7 +22,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
 
-from byol_serving.errors import EncoderMismatch, InvalidConfig, StoreCorrupt, StoreLocked
+from byol_serving.errors import (
+    EncoderMismatch,
+    InvalidConfig,
+    StoreCorrupt,
+    StoreError,
+    StoreLocked,
+)
 from byol_serving.indexing.durable import fsync, write_durably
 from byol_serving.indexing.sources import Entry
 
@@ -58,13 +66,19 @@ class Journal:
 
         Raises:
             StoreLocked: another run writes there.
+            StoreError: the folder cannot be made or written.
             EncoderMismatch: it was begun with another encoder.
             InvalidConfig: it was begun with another source, shard size, kind of ids or output.
             StoreCorrupt: the manifest is not one.
         """
         self._out = out
-        out.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(out)
+        self.state = out / "_byol"
+        """Folder of everything but the rows."""
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.state)
+        except OSError as error:
+            raise StoreError(f"{out} cannot be written ({error.strerror or error})") from error
         try:
             self._check(manifest)
             self._roll_forward()
@@ -87,7 +101,7 @@ class Journal:
 
     def vectors(self, *, staged: bool = False) -> Path:
         """Folder of the shards' rows."""
-        return self._folder(staged) / "vectors"
+        return self.state / "next" / "vectors" if staged else self._out
 
     def record(self, number: int, *, staged: bool = False) -> list[Line] | None:
         """The lines of a finished shard, or None; raises StoreCorrupt."""
@@ -102,7 +116,7 @@ class Journal:
 
     def records(self) -> Iterator[tuple[int, list[Line]]]:
         """All finished shards, in order; what is staged is left out."""
-        for number in _numbers(self._out / "journal"):
+        for number in _numbers(self.state / "journal"):
             if (lines := self.record(number)) is not None:
                 yield number, lines
 
@@ -117,18 +131,18 @@ class Journal:
 
     def drop_staged_from(self, number: int) -> None:
         """Forgets what an unfinished sync made from this shard on: the source changed since."""
-        for folder in (self._out / "next" / "journal", self._out / "next" / "vectors"):
+        for folder in (self.state / "next" / "journal", self.state / "next" / "vectors"):
             _truncate(folder, number)
 
     def commit(self, shards: int, *, staged: bool) -> None:
         """Makes the output exactly `shards` shards, the staged ones in place of the old."""
         if staged:
-            commit = self._out / "next" / "COMMIT"
+            commit = self.state / "next" / "COMMIT"
             write_durably(commit, lambda path: _write(path, f"{shards}\n"))
         self._roll_forward()
 
-    def write_rejected(self) -> None:
-        """Makes rejected.jsonl from the records."""
+    def write_rejected(self) -> Path:
+        """Makes rejected.jsonl from the records; returns where it is."""
 
         def write(path: Path) -> None:
             with path.open("w", encoding="utf-8") as file:
@@ -138,23 +152,23 @@ class Journal:
                             fact = {"path": line.name, "reason": line.text}
                             file.write(json.dumps(fact) + "\n")
 
-        write_durably(self._out / "rejected.jsonl", write)
-
-    def _folder(self, staged: bool) -> Path:
-        return self._out / "next" if staged else self._out
+        path = self.state / "rejected.jsonl"
+        write_durably(path, write)
+        return path
 
     def _record_path(self, number: int, staged: bool) -> Path:
-        return self._folder(staged) / "journal" / f"{part_name(number)}.jsonl"
+        folder = self.state / "next" if staged else self.state
+        return folder / "journal" / f"{part_name(number)}.jsonl"
 
     def _roll_forward(self) -> None:
         """Completes a committed sync; each step may be repeated."""
-        staging = self._out / "next"
+        staging = self.state / "next"
         try:
             shards = int((staging / "COMMIT").read_text())
         except FileNotFoundError:
             return
-        for kind in ("vectors", "journal"):  # rows before records, as ever
-            target = self._out / kind
+        targets = {"vectors": self._out, "journal": self.state / "journal"}
+        for kind, target in targets.items():  # rows before records, as ever
             target.mkdir(exist_ok=True)
             for file in sorted((staging / kind).glob("part-*")):
                 file.replace(target / file.name)
@@ -163,9 +177,9 @@ class Journal:
         shutil.rmtree(staging)
 
     def _check(self, wanted: Manifest) -> None:
-        path = self._out / "manifest.json"
+        path = self.state / "manifest.json"
         if not path.exists():
-            if _numbers(self._out / "journal"):
+            if _numbers(self.state / "journal"):
                 raise StoreCorrupt(f"{path} is missing beside a journal; choose another output")
             text = json.dumps({"format": FORMAT, **vars(wanted)}, indent=2) + "\n"
             write_durably(path, lambda scratch: _write(scratch, text))
@@ -213,11 +227,13 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _lock(out: Path) -> IO[str]:
-    file = (out / ".lock").open("w")
+def _lock(folder: Path) -> IO[str]:
+    file = (folder / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise StoreLocked(f"another run writes to {out}; wait for it, or stop it") from error
+        raise StoreLocked(
+            f"another run writes to {folder.parent}; wait for it, or stop it"
+        ) from error
     return file

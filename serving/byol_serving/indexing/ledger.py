@@ -76,6 +76,10 @@ class Ledger:
         """Notes an id of this run's output; False if it was there already."""
         return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (id_,)).rowcount > 0
 
+    def forget(self, id_: str) -> None:
+        """Takes an id back: its row did not come to be."""
+        self._database.execute("DELETE FROM seen WHERE id = ?", (id_,))
+
     def add_all(self, lines: Iterable[Line]) -> None:
         """Notes the ids of a shard that is left as it is."""
         self._database.executemany(

@@ -14,7 +14,7 @@ Ids = Literal["name", "sha256"]
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedPlan:
-    """One run. Its memory is at most `in_flight` images, a few batches and three shards' rows."""
+    """One run. Its memory is at most `in_flight` images and three shards' rows."""
 
     source: str | Path
     """See `sources.open_source`."""
@@ -33,7 +33,8 @@ class EmbedPlan:
     decode_threads: int = 0
     """0: one per processor."""
     in_flight: int = 0
-    """Images read or decoded and not yet encoded; 0: three batches and one per thread."""
+    """Images read or decoded and not yet encoded; 0: one per thread, and two batches more than
+    there are encoders."""
     limits: ImageLimits = field(default_factory=ImageLimits)
     image_column: str | None = None
     """Parquet sources: see `sources.open_source`."""
@@ -52,16 +53,27 @@ class EmbedPlan:
                 raise InvalidConfig(f"{name} {value} is outside {low}..{high}")
         if self.ids not in ("name", "sha256"):
             raise InvalidConfig(f"ids {self.ids!r} is unknown; use name or sha256")
+        if 0 < self.in_flight <= self.batch_size:
+            raise InvalidConfig(
+                f"in_flight {self.in_flight} is not above batch_size {self.batch_size}: no batch"
+                " could be filled; raise it, or leave it 0"
+            )
 
     @property
     def threads(self) -> int:
         """Decoding threads."""
         return self.decode_threads or len(os.sched_getaffinity(0))
 
-    @property
-    def window(self) -> int:
-        """Images in flight: while one batch is encoded, the next and the one after are decoded."""
-        return self.in_flight or 3 * self.batch_size + self.threads
+    def windows(self, encoders: int) -> tuple[int, int]:
+        """Images with the decoders and batches with the encoders, at most.
+
+        By default each encoder has a batch and one more waits, while two are being decoded. Their
+        sum with the batch that is being filled is `in_flight`.
+        """
+        if not self.in_flight:
+            return self.batch_size + self.threads, encoders + 1
+        batches = min(encoders + 1, (self.in_flight - 1) // self.batch_size)
+        return self.in_flight - batches * self.batch_size, batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +109,5 @@ class Summary(Progress):
     """Items taken out because their files are gone or changed (sync)."""
     shards: int
     out: Path
+    rejected_file: Path
+    """One JSON object a line: path and reason."""

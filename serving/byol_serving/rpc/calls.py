@@ -5,22 +5,50 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from byol_serving.errors import ByolError, Unavailable
+from byol_serving.errors import ByolError, InvalidRequest, Unavailable
+from byol_serving.rpc.auth import AUTHORIZATION_KEY, Gate
 from byol_serving.rpc.status import Pairs, code_of, trailers_of
+from byol_serving.timing import STEPS, Step
+from byol_serving.tokens import Token
 
 REQUEST_ID_KEY = "x-request-id"
+TRACE_KEY = "traceparent"
+"""W3C Trace Context, section 3.2."""
+_OURS = ("/byol.", "/inference.")
 
 log = logging.getLogger("byol.rpc")
 
 _GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A call that was answered or given up."""
+
+    method: str
+    """As gRPC has it: /byol.v1.Embedder/Embed."""
+    code: str
+    error: str
+    """Name of the error's class; empty if there was none."""
+    began: float
+    """On time.perf_counter()'s clock."""
+    ended: float
+    request_id: str
+    caller: str
+    """Name of the caller's token; empty where there is none."""
+    trace_parent: str
+    """W3C trace context of the caller; empty if there is none."""
+    steps: Sequence[Step]
 
 
 class Calls(grpc.aio.ServerInterceptor):
@@ -30,13 +58,27 @@ class Calls(grpc.aio.ServerInterceptor):
     id, and only the log has the traceback.
     """
 
-    def __init__(self) -> None:
-        """Accepts calls at once."""
+    def __init__(
+        self, watchers: Sequence[Callable[[Finished], None]] = (), gate: Gate | None = None
+    ) -> None:
+        """Accepts calls at once.
+
+        Args:
+            watchers: told of each call when it has ended.
+            gate: who may call what; None: everybody everything.
+        """
+        self._watchers = watchers
+        self._gate = gate or Gate(None)
         self.in_flight = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._wrapped: dict[str, _Handler] = {}
+
+    @property
+    def draining(self) -> bool:
+        """Whether new calls are refused."""
+        return self._draining
 
     async def drain(self) -> None:
         """Refuses new calls from now on, and returns when the accepted ones are answered."""
@@ -53,20 +95,23 @@ class Calls(grpc.aio.ServerInterceptor):
         if (known := self._wrapped.get(method)) is not None:
             return known
         handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith("/byol."):  # health and reflection: as they are
+        if handler is None or not method.startswith(_OURS):  # health and reflection: as they are
             return handler
         wrapped = self._wrapped[method] = self._wrap(method, handler)
         return wrapped
 
     def _wrap(self, method: str, handler: _Handler) -> _Handler:
-        coders = (handler.request_deserializer, handler.response_serializer)
+        # Requests are parsed in here: bytes that gRPC itself cannot parse become UNKNOWN.
+        parse = _parser(method, handler)
+        coders = (None, handler.response_serializer)
         if handler.unary_unary is not None:
             answer: Any = handler.unary_unary
 
-            async def unary(request: Any, context: _Context) -> Any:
+            async def unary(data: bytes, context: _Context) -> Any:
                 call = _Call(self, method, context)
                 try:
-                    response = await answer(request, context)
+                    call.caller = self._gate.admit(method, call.authorization)
+                    response = await answer(parse(data), context)
                 except BaseException as error:
                     await call.fail(error)
                 else:
@@ -78,10 +123,21 @@ class Calls(grpc.aio.ServerInterceptor):
             raise NotImplementedError(f"{method} is neither unary nor a two-way stream")
         stream: Any = handler.stream_stream
 
-        async def streaming(requests: Any, context: _Context) -> AsyncIterator[Any]:
+        async def streaming(datas: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
             call = _Call(self, method, context)
+
+            async def paced() -> AsyncIterator[Any]:
+                first = True
+                async for each in datas:
+                    if not first:  # which `admit` has counted
+                        await self._gate.pace(call.caller)
+                    first = False
+                    yield parse(each)
+
+            requests = paced()
             try:
                 self._admit()
+                call.caller = self._gate.admit(method, call.authorization)
                 async with aclosing(stream(requests, context)) as responses:
                     async for response in responses:
                         yield response
@@ -97,15 +153,32 @@ class Calls(grpc.aio.ServerInterceptor):
         self.in_flight += 1
         self._idle.clear()
 
-    def ended(self) -> None:
+    def ended(self, call: Finished) -> None:
         """Counts a call out."""
         self.in_flight -= 1
         if not self.in_flight:
             self._idle.set()
+        for watch in self._watchers:
+            watch(call)
 
     def _admit(self) -> None:
         if self._draining:
             raise Unavailable("the server is draining; ask another, or again later")
+
+
+def _parser(method: str, handler: _Handler) -> Callable[[bytes], Any]:
+    deserialize: Any = handler.request_deserializer
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            raise InvalidRequest(
+                f"{len(data)} bytes are no request of {method}; send the message that"
+                " protos/byol/v1/byol.proto has for it"
+            ) from error
+
+    return parse
 
 
 class _Call:
@@ -114,8 +187,14 @@ class _Call:
     def __init__(self, calls: Calls, method: str, context: _Context) -> None:
         self._calls, self._method, self._context = calls, method, context
         self._began = time.perf_counter()
-        self.id = _request_id(context)
+        metadata = dict(context.invocation_metadata() or ())
+        self.id = _request_id(metadata.get(REQUEST_ID_KEY))
+        self.authorization = metadata.get(AUTHORIZATION_KEY)
+        self.caller: Token | None = None
+        self._trace_parent = str(metadata.get(TRACE_KEY, ""))
         self._trailers: Pairs = ((REQUEST_ID_KEY, self.id),)
+        self._steps: list[Step] = []
+        STEPS.set(self._steps)  # of this call's own task, and of those it starts
         context.set_trailing_metadata(self._trailers)
         calls.began()
 
@@ -124,40 +203,66 @@ class _Call:
         match error:
             case ByolError():
                 code = code_of(error)
-                self.end(code.name, str(error))
+                self.end(code.name, type(error).__name__, str(error))
                 await self._context.abort(code, str(error), (*self._trailers, *trailers_of(error)))
             case Exception() if not isinstance(error, grpc.aio.AbortError):
-                log.error("unexpected error request_id=%s", self.id, exc_info=error)
-                self.end("INTERNAL", type(error).__name__)
+                log.error(
+                    "unexpected error request_id=%s",
+                    self.id,
+                    exc_info=error,
+                    extra={"request_id": self.id},
+                )
+                self.end("INTERNAL", type(error).__name__, "unexpected")
                 text = (
                     f"internal error; the server's log has the details under request id {self.id}"
                 )
                 await self._context.abort(grpc.StatusCode.INTERNAL, text, self._trailers)
             case _:  # cancelled by the client, by its deadline, or by the end of the drain
-                self.end("CANCELLED")
+                self.end("CANCELLED", "Cancelled")
                 raise error
 
-    def end(self, code: str, reason: str = "") -> None:
+    def end(self, code: str, error: str = "", reason: str = "") -> None:
         """Counts the call out and writes its line."""
-        self._calls.ended()
-        took = (time.perf_counter() - self._began) * 1000
+        call = Finished(
+            method=self._method,
+            code=code,
+            error=error,
+            began=self._began,
+            ended=time.perf_counter(),
+            request_id=self.id,
+            caller=self.caller.name if self.caller else "",
+            trace_parent=self._trace_parent,
+            steps=self._steps,
+        )
+        self._calls.ended(call)
+        if not log.isEnabledFor(logging.INFO):
+            return
+        took = (call.ended - call.began) * 1000
         log.info(
-            "method=%s code=%s ms=%.2f request_id=%s peer=%s%s",
+            "method=%s code=%s ms=%.2f request_id=%s peer=%s%s%s",
             self._method,
             code,
             took,
             self.id,
             self._context.peer(),
+            f" caller={call.caller}" if call.caller else "",
             f" reason={reason!r}" if reason else "",
-            extra={"method": self._method, "code": code, "ms": took, "request_id": self.id},
+            extra={
+                "method": self._method,
+                "code": code,
+                "ms": took,
+                "request_id": self.id,
+                "peer": self._context.peer(),
+                "caller": call.caller,
+                "reason": reason,
+            },
         )
 
 
-def _request_id(context: _Context) -> str:
+def _request_id(given: str | bytes | None) -> str:
     """The caller's own id where it is printable and short, else a new one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str) and _GOOD_ID.fullmatch(value):
-            return value
+    if isinstance(given, str) and _GOOD_ID.fullmatch(given):
+        return given
     return os.urandom(8).hex()
 
 

@@ -1,27 +1,37 @@
 """The Collections service: a thin layer over the store, plus embedding for calls with images."""
 
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
 import grpc
 import numpy as np
 
-from byol_serving.collections.store import Store
-from byol_serving.collections.types import Collection, Hit, IndexKind, Item, Vectors
+from byol_serving.collections.checks import collection_name
+from byol_serving.collections.types import Collection, IndexKind, Item, Page, Store, Vectors
 from byol_serving.errors import EncoderMismatch, FailedPrecondition, InvalidRequest
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
+from byol_serving.rpc import analysis
 from byol_serving.rpc.calls import deadline_of
 from byol_serving.rpc.convert import struct_to_metadata, tensor_to_vectors
-from byol_serving.rpc.embedder import LoadedEncoder, require
 from byol_serving.rpc.filters import from_message
-from byol_serving.rpc.items import collection_message, hits_message, item_message
+from byol_serving.rpc.items import (
+    collection_message,
+    item_message,
+    stats_message,
+    verification_message,
+)
+from byol_serving.rpc.models import Models
 from byol_serving.rpc.pools import BlockingCalls, in_order
-from byol_serving.rpc.queries import run_search
+from byol_serving.rpc.queries import Leaf, filter_of, images_of, leaves_of, run_search
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Out = TypeVar("Out")
+_PAGE_SIZE = 100
+_NO_ROWS: Vectors = np.empty((0, 0), np.float32)
 
 
 class CollectionsService(byol_pb2_grpc.CollectionsServicer):
@@ -30,16 +40,21 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     def __init__(
         self,
         store: Store | None,
-        encoder: LoadedEncoder | None,
+        models: Models,
         calls: BlockingCalls,
         *,
         stream_window: int,
+        backups: Path | None = None,
     ) -> None:
-        """Calls are FAILED_PRECONDITION without a store, those with images without an encoder."""
+        """Calls are FAILED_PRECONDITION without a store, those with images without a model.
+
+        `backups` is the folder of Backup and Restore, which are refused without one.
+        """
         self._maybe_store = store
-        self._encoder = encoder
+        self._models = models
         self._calls = calls
         self._window = stream_window
+        self._maybe_backups = backups
 
     async def CreateCollection(
         self, request: pb.CreateCollectionRequest, context: Context
@@ -49,7 +64,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         if request.dim and request.encoder_id:
             dim, encoder_id = request.dim, request.encoder_id
         else:
-            info = require(self._encoder).info
+            info = self._models.find().info
             dim, encoder_id = request.dim or info.dim, request.encoder_id or info.encoder_id
             if encoder_id == info.encoder_id and dim != info.dim:
                 raise InvalidRequest(
@@ -68,6 +83,12 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     ) -> pb.Collection:
         """A collection's facts."""
         return collection_message(await self._on(request.name, lambda c: c.info, context))
+
+    async def GetCollectionStats(
+        self, request: pb.GetCollectionStatsRequest, context: Context
+    ) -> pb.CollectionStats:
+        """How a collection's index stands."""
+        return stats_message(await self._on(request.name, lambda c: c.stats(), context))
 
     async def ListCollections(
         self, request: pb.ListCollectionsRequest, context: Context
@@ -137,22 +158,115 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         items = await self._on(request.collection, get, context)
         return pb.GetResponse(items=map(item_message, items))
 
-    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
-        """The nearest of each query."""
-        where = from_message(request.filter) if request.HasField("filter") else None
-        images = [each.image for each in request.queries if each.WhichOneof("by") == "image"]
-        embedded: Vectors = np.empty((0, 0), np.float32)
-        if images:
-            await self._on(request.collection, self._check_encoder, context)
-            embedded = await require(self._encoder).pipeline.embed_images(
-                images, deadline=deadline_of(context)
+    async def ListItems(
+        self, request: pb.ListItemsRequest, context: Context
+    ) -> pb.ListItemsResponse:
+        """One page of items."""
+        where = filter_of(request)
+
+        def page(collection: Collection) -> Page:
+            return collection.page(
+                request.page_token,
+                request.page_size or _PAGE_SIZE,
+                condition=where,
+                with_metadata=not request.without_metadata,
+                with_vectors=request.with_vectors,
             )
 
-        def search(collection: Collection) -> list[list[Hit]]:
-            return run_search(collection, request, embedded, where)
+        found = await self._on(request.collection, page, context)
+        items = map(item_message, found.items)
+        return pb.ListItemsResponse(items=items, next_page_token=found.after)
 
-        results = await self._on(request.collection, search, context)
-        return pb.SearchResponse(results=map(hits_message, results))
+    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
+        """The nearest of each query."""
+        return await self._search(request, context, wait=False)
+
+    async def SearchStream(
+        self, requests: AsyncIterator[pb.SearchRequest], context: Context
+    ) -> AsyncIterator[pb.SearchResponse]:
+        """Many searches, answered in order."""
+        answers = in_order(
+            requests, lambda each: self._search(each, context, wait=True), window=self._window
+        )
+        async with aclosing(answers):
+            async for answer in answers:
+                yield answer
+
+    async def FindDuplicates(
+        self, request: pb.FindDuplicatesRequest, context: Context
+    ) -> pb.FindDuplicatesResponse:
+        """Groups of items that are nearly the same."""
+        return await self._long_on(
+            request.collection,
+            lambda c, stopping: analysis.duplicates(c, request, stopping),
+            context,
+        )
+
+    async def FindOutliers(
+        self, request: pb.FindOutliersRequest, context: Context
+    ) -> pb.FindOutliersResponse:
+        """The items that are like no other."""
+        return await self._long_on(
+            request.collection,
+            lambda c, stopping: analysis.outliers(c, request, stopping),
+            context,
+        )
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+        """Labels by the votes of neighbours."""
+        rows = await self._embedded(request.collection, request.queries, context)
+        return await self._on(
+            request.collection, lambda c: analysis.classes(c, request, rows), context
+        )
+
+    async def VerifyPairs(
+        self, request: pb.VerifyPairsRequest, context: Context
+    ) -> pb.VerifyPairsResponse:
+        """Whether both of each pair show the same."""
+        examples = analysis.examples_of(request.pairs)
+        rows = await self._embedded(request.collection, examples, context)
+        return await self._on(
+            request.collection, lambda c: analysis.verified(c, request, rows), context
+        )
+
+    async def CalibratePairs(
+        self, request: pb.CalibratePairsRequest, context: Context
+    ) -> pb.CalibratePairsResponse:
+        """A threshold from pairs known to be the same or not."""
+        examples = analysis.examples_of(request.pairs)
+        rows = await self._embedded(request.collection, examples, context)
+        return await self._on(
+            request.collection, lambda c: analysis.calibrated(c, request, rows), context
+        )
+
+    async def VerifyCollection(
+        self, request: pb.VerifyCollectionRequest, context: Context
+    ) -> pb.VerifyCollectionResponse:
+        """Compares the index with the store."""
+        found = await self._on(request.collection, lambda c: c.verify(), context)
+        return verification_message(found)
+
+    async def Backup(self, request: pb.BackupRequest, context: Context) -> pb.BackupResponse:
+        """Copies all collections into the folder of backups."""
+        store, path = self._store(), self._backups() / collection_name(request.name, "backup")
+        await self._run(lambda: store.backup(path), context)
+        names = sorted(each.name for each in path.iterdir() if each.is_dir())
+        return pb.BackupResponse(path=str(path.absolute()), collections=names)
+
+    async def Restore(self, request: pb.RestoreRequest, context: Context) -> pb.Collection:
+        """Brings back one collection of a backup."""
+        store, backup = self._store(), collection_name(request.backup, "backup")
+        source = self._backups() / backup / collection_name(request.collection)
+        name = request.name or request.collection
+        restored = await self._run(lambda: store.restore(source, name), context)
+        return collection_message(restored.info)
+
+    async def _search(
+        self, request: pb.SearchRequest, context: Context, *, wait: bool
+    ) -> pb.SearchResponse:
+        leaves = leaves_of(request.queries)
+        rows = await self._embedded(request.collection, leaves, context, wait=wait)
+        return await self._on(request.collection, lambda c: run_search(c, request, rows), context)
 
     async def _prepare_upsert(
         self, request: pb.UpsertRequest, context: Context, *, wait: bool
@@ -163,10 +277,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         metadata = [struct_to_metadata(each) for each in request.metadata] or None
         _check_lengths(request)
         if request.images:
-            await self._on(request.collection, self._check_encoder, context)
-            vectors = await require(self._encoder).pipeline.embed_images(
-                request.images, deadline=deadline_of(context), wait=wait
-            )
+            vectors = await self._embed(request.collection, request.images, context, wait=wait)
         else:
             vectors = tensor_to_vectors(request.vectors, ndim=2)
 
@@ -178,18 +289,47 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
 
         return write
 
-    def _check_encoder(self, collection: Collection) -> None:
-        _check_claimed_encoder(collection, require(self._encoder).info.encoder_id)
+    async def _embedded(
+        self, name: str, leaves: Sequence[Leaf], context: Context, *, wait: bool = False
+    ) -> Vectors:
+        """Vectors of the images among them, float32 [I, D]."""
+        images = images_of(leaves)
+        return await self._embed(name, images, context, wait=wait) if images else _NO_ROWS
+
+    async def _embed(
+        self, name: str, images: Sequence[bytes], context: Context, *, wait: bool
+    ) -> Vectors:
+        """Vectors of images by the encoder that the collection's other vectors came from."""
+        info = await self._on(name, lambda c: c.info, context)
+        with self._models.making(info.encoder_id, info.name) as model:
+            return await model.pipeline.embed_images(
+                images, deadline=deadline_of(context), wait=wait
+            )
 
     def _store(self) -> Store:
         if self._maybe_store is None:
             raise FailedPrecondition("this server has no store; start it with --store")
         return self._maybe_store
 
+    def _backups(self) -> Path:
+        if self._maybe_backups is None:
+            raise FailedPrecondition("this server keeps no backups; start it with --backups")
+        return self._maybe_backups
+
     async def _on(self, name: str, call: Callable[[Collection], Out], context: Context) -> Out:
         """Calls with the named collection, off the event loop."""
         store = self._store()
         return await self._run(lambda: call(store.get(name)), context)
+
+    async def _long_on(
+        self, name: str, call: Callable[[Collection, Callable[[], bool]], Out], context: Context
+    ) -> Out:
+        """The same for work that asks now and then whether it should stop: its caller may leave."""
+        ended = threading.Event()
+        try:
+            return await self._on(name, lambda c: call(c, ended.is_set), context)
+        finally:
+            ended.set()
 
     async def _run(self, call: Callable[[], Out], context: Context) -> Out:
         return await self._calls.run(call, deadline=deadline_of(context))

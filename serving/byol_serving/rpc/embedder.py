@@ -1,48 +1,34 @@
 """The Embedder service: images in, vectors out."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
 
-from byol_serving.bundle import BundleInfo
-from byol_serving.errors import FailedPrecondition, InvalidRequest
+from byol_serving.bundle import FeatureMap
+from byol_serving.errors import InvalidRequest
+from byol_serving.images import Pixels
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
 from byol_serving.rpc.calls import deadline_of
 from byol_serving.rpc.convert import embeddings_to_tensor, tensor_to_pixels
-from byol_serving.rpc.pipeline import Pipeline
+from byol_serving.rpc.features import EMBEDDING
+from byol_serving.rpc.models import Model, Models
+from byol_serving.rpc.pipeline import Embeddings
 from byol_serving.rpc.pools import in_order
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _NO_ROWS = np.empty((0, 0), np.float32)
 
 
-@dataclass(frozen=True)
-class LoadedEncoder:
-    """An encoder that is ready to answer."""
-
-    info: BundleInfo
-    provider: str
-    pipeline: Pipeline
-
-
-def require(encoder: LoadedEncoder | None) -> LoadedEncoder:
-    """The encoder, or FailedPrecondition where the server runs without one."""
-    if encoder is None:
-        raise FailedPrecondition("this server has no encoder; start it with --bundle")
-    return encoder
-
-
 class EmbedderService(byol_pb2_grpc.EmbedderServicer):
     """byol.v1.Embedder."""
 
-    def __init__(self, encoder: LoadedEncoder | None, *, stream_window: int) -> None:
-        """`encoder` may be absent: then every call is FAILED_PRECONDITION."""
-        self._encoder = encoder
+    def __init__(self, models: Models, *, stream_window: int) -> None:
+        """Without a model every call is FAILED_PRECONDITION."""
+        self._models = models
         self._window = stream_window
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
@@ -63,28 +49,79 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
 
     async def GetEncoder(self, request: pb.GetEncoderRequest, context: Context) -> pb.Encoder:
         """What is loaded."""
-        encoder = require(self._encoder)
-        info = encoder.info
+        model = self._models.find(request.model, request.version)
+        info = model.info
         return pb.Encoder(
             encoder_id=info.encoder_id,
             name=info.name,
             image_size=info.preprocess.size,
             dim=info.dim,
             precision=info.precision,
-            provider=encoder.provider,
+            provider=model.provider,
+            model=model.name,
+            version=model.version,
+            stages=map(_stage, info.features),
         )
+
+    async def ExtractFeatures(
+        self, request: pb.ExtractFeaturesRequest, context: Context
+    ) -> pb.ExtractFeaturesResponse:
+        """Feature maps of several stages, and the embeddings if asked for."""
+        if request.dtype not in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16):
+            raise InvalidRequest("feature maps are float32 or float16; ask for one of them")
+        outputs = [*request.stages, *([EMBEDDING] if request.with_embeddings else [])]
+        with self._models.using(request.model, request.version) as model:
+            stages = [model.features.stage(name) for name in request.stages]
+            maps = await model.features.extract(
+                _images(model, request),
+                outputs,
+                itemsize=2 if request.dtype == pb.DTYPE_FLOAT16 else 4,
+                deadline=deadline_of(context),
+            )
+        response = pb.ExtractFeaturesResponse(
+            maps=[
+                pb.FeatureMap(
+                    stage=_stage(each), values=embeddings_to_tensor(maps[each.name], request.dtype)
+                )
+                for each in stages
+            ],
+            encoder_id=model.info.encoder_id,
+            image_size=model.info.preprocess.size,
+        )
+        if request.with_embeddings:
+            rows = embeddings_to_tensor(maps[EMBEDDING], request.dtype)
+            response.embeddings.CopyFrom(rows)
+        return response
 
     async def _embed(
         self, request: pb.EmbedRequest, deadline: float | None, *, wait: bool
     ) -> pb.EmbedResponse:
-        encoder = require(self._encoder)
         embeddings_to_tensor(_NO_ROWS, request.dtype)  # a wrong dtype is refused before any work
-        if not request.HasField("pixels"):
-            rows = await encoder.pipeline.embed_images(request.images, deadline=deadline, wait=wait)
-        elif request.images:
-            raise InvalidRequest("the request has both images and pixels; send one of them")
-        else:
-            pixels = tensor_to_pixels(request.pixels, encoder.info.preprocess.size)
-            rows = await encoder.pipeline.embed_pixels(pixels, deadline=deadline, wait=wait)
+        with self._models.using(request.model, request.version) as model:
+            rows = await _rows(model, request, deadline, wait=wait)
         tensor = embeddings_to_tensor(rows, request.dtype)
-        return pb.EmbedResponse(embeddings=tensor, encoder_id=encoder.info.encoder_id)
+        return pb.EmbedResponse(embeddings=tensor, encoder_id=model.info.encoder_id)
+
+
+async def _rows(
+    model: Model, request: pb.EmbedRequest, deadline: float | None, *, wait: bool
+) -> Embeddings:
+    images = _images(model, request)
+    if isinstance(images, np.ndarray):
+        return await model.pipeline.embed_pixels(images, deadline=deadline, wait=wait)
+    return await model.pipeline.embed_images(images, deadline=deadline, wait=wait)
+
+
+def _images(
+    model: Model, request: pb.EmbedRequest | pb.ExtractFeaturesRequest
+) -> Sequence[bytes] | Pixels:
+    """The request's files, or its pixels uint8 [N, S, S, 3]."""
+    if not request.HasField("pixels"):
+        return request.images
+    if request.images:
+        raise InvalidRequest("the request has both images and pixels; send one of them")
+    return tensor_to_pixels(request.pixels, model.info.preprocess.size)
+
+
+def _stage(stage: FeatureMap) -> pb.Stage:
+    return pb.Stage(name=stage.name, channels=stage.channels, side=stage.side, stride=stage.stride)

@@ -1,7 +1,7 @@
 """Filters on the wire, as trees, and as the plain dicts that people like to write.
 
-    {"label": "cat"}                           Equals("label", "cat")
-    {"label": ["cat", "dog"]}                  In("label", ("cat", "dog"))
+    {"label": "cat"}                           Equals("label", "cat");  also {"equals": "cat"}
+    {"label": ["cat", "dog"]}                  In("label", ("cat", "dog"));  also {"in": [...]}
     {"price": {"gte": 3, "lt": 10}}            Range("price", gte=3, lt=10)
     {"label": {"not": "cat"}}                  Not(Equals("label", "cat"))
     {"seen": {"exists": True}}                 Exists("seen")
@@ -13,6 +13,8 @@ The tree is what a collection takes; see `byol_serving.collections.filters`.
 
 from collections.abc import Mapping
 from typing import TypeAlias
+
+from google.protobuf.struct_pb2 import Value
 
 from byol_serving.collections.filters import (
     All,
@@ -42,10 +44,10 @@ def from_message(message: pb.Filter) -> Filter:
     """
     match message.WhichOneof("condition"):
         case "equals":
-            value = _scalar(value_to_json(message.equals.value))
+            value = scalar_of(message.equals.value)
             return Equals(_key(message.equals.key), value)
         case "one_of":
-            values = tuple(_scalar(value_to_json(each)) for each in message.one_of.values)
+            values = tuple(scalar_of(each) for each in message.one_of.values)
             return In(_key(message.one_of.key), values)
         case "range":
             given = {each: getattr(message.range, each) for each in _BOUNDS if _has(message, each)}
@@ -121,6 +123,8 @@ def _parse_operators(key: str, operators: Mapping[str, object]) -> tuple[Filter,
                 continue
             case "in", list() | tuple() | set() | frozenset():
                 parts.append(In(key, tuple(map(_scalar, value))))
+            case "equals", _:
+                parts.append(Equals(key, _scalar(value)))
             case "exists", bool():
                 parts.append(Exists(key) if value else Not(Exists(key)))
             case "not", _:
@@ -128,7 +132,7 @@ def _parse_operators(key: str, operators: Mapping[str, object]) -> tuple[Filter,
             case _:
                 raise InvalidRequest(
                     f"filter {{{key!r}: {{{name!r}: {value!r}}}}} is not understood;"
-                    " use gte, gt, lte, lt, in, exists or not"
+                    " use equals, in, gte, gt, lte, lt, exists or not"
                 )
     return tuple(parts)
 
@@ -152,6 +156,11 @@ def _key(key: str) -> str:
     if not key:
         raise InvalidRequest("a filter's key is empty; name a metadata key")
     return key
+
+
+def scalar_of(message: Value) -> Scalar:
+    """A string, number or boolean. Raises InvalidRequest for another value."""
+    return _scalar(value_to_json(message))
 
 
 def _scalar(value: object) -> Scalar:

@@ -1,17 +1,21 @@
 """Collections' values as messages, and back for the client."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
-from byol_serving.collections.types import CollectionInfo, Hit, Item
+from byol_serving.collections.grouping import HitGroup
+from byol_serving.collections.types import CollectionInfo, Hit, IndexStats, Item, Verification
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.convert import (
     embeddings_to_tensor,
+    json_to_value,
     metadata_to_struct,
     struct_to_metadata,
     tensor_to_vectors,
 )
+from byol_serving.rpc.filters import scalar_of
 
 
 def collection_message(info: CollectionInfo) -> pb.Collection:
@@ -22,6 +26,8 @@ def collection_message(info: CollectionInfo) -> pb.Collection:
         encoder_id=info.encoder_id,
         count=info.count,
         index=info.index,
+        version=info.version,
+        recall=info.recall,
     )
 
 
@@ -33,6 +39,44 @@ def collection_info(message: pb.Collection) -> CollectionInfo:
         encoder_id=message.encoder_id,
         count=message.count,
         index=message.index,
+        version=message.version if message.HasField("version") else None,
+        recall=message.recall if message.HasField("recall") else None,
+    )
+
+
+def stats_message(stats: IndexStats) -> pb.CollectionStats:
+    """How an index stands."""
+    return pb.CollectionStats(**asdict(stats))
+
+
+def stats_value(message: pb.CollectionStats) -> IndexStats:
+    """The reverse of `stats_message`."""
+    return IndexStats(
+        kind=message.kind,
+        answering=message.answering,
+        wanted=message.wanted,
+        count=message.count,
+        deleted=message.deleted,
+        unabsorbed=message.unabsorbed,
+        effort=message.effort if message.HasField("effort") else None,
+        recall=message.recall,
+        recall_target=message.recall_target,
+        vector_bytes=message.vector_bytes,
+        index_bytes=message.index_bytes,
+    )
+
+
+def verification_message(found: Verification) -> pb.VerifyCollectionResponse:
+    """What a comparison of index and store found."""
+    return pb.VerifyCollectionResponse(
+        stored=found.stored, indexed=found.indexed, problems=found.problems
+    )
+
+
+def verification_value(message: pb.VerifyCollectionResponse) -> Verification:
+    """The reverse of `verification_message`."""
+    return Verification(
+        stored=message.stored, indexed=message.indexed, problems=tuple(message.problems)
     )
 
 
@@ -58,15 +102,34 @@ def hits_message(hits: Sequence[Hit]) -> pb.Hits:
 
 def hits_value(message: pb.Hits) -> list[Hit]:
     """The reverse of `hits_message`."""
+    return list(map(_hit_value, message.hits))
+
+
+def groups_message(groups: Sequence[HitGroup]) -> pb.Hits:
+    """The grouped neighbours of one query."""
+    return pb.Hits(
+        groups=[
+            pb.HitGroup(value=json_to_value(each.value), hits=map(_hit_message, each.hits))
+            for each in groups
+        ]
+    )
+
+
+def groups_value(message: pb.Hits) -> list[HitGroup]:
+    """The reverse of `groups_message`."""
     return [
-        Hit(
-            id=hit.id,
-            score=hit.score,
-            metadata=struct_to_metadata(hit.metadata),
-            vector=_vector(hit),
-        )
-        for hit in message.hits
+        HitGroup(value=scalar_of(each.value), hits=list(map(_hit_value, each.hits)))
+        for each in message.groups
     ]
+
+
+def _hit_value(hit: pb.Hit) -> Hit:
+    return Hit(
+        id=hit.id,
+        score=hit.score,
+        metadata=struct_to_metadata(hit.metadata),
+        vector=_vector(hit),
+    )
 
 
 def _hit_message(hit: Hit) -> pb.Hit:

@@ -16,6 +16,7 @@ from byol_serving.config import ServeConfig
 from byol_serving.decoder import decode_all
 from byol_serving.errors import InvalidImage, InvalidRequest
 from byol_serving.images import Pixels, Preprocess
+from byol_serving.timing import BatchRun
 
 Embeddings = NDArray[np.float32]
 
@@ -27,9 +28,21 @@ class Pipeline:
     """Embeds the images of concurrent requests. Belongs to one event loop."""
 
     def __init__(
-        self, embed: Callable[[Pixels], Embeddings], preprocess: Preprocess, config: ServeConfig
+        self,
+        embed: Callable[[Pixels], Embeddings],
+        preprocess: Preprocess,
+        config: ServeConfig,
+        *,
+        watch: Callable[[str, BatchRun], None] | None = None,
     ) -> None:
-        """`embed` is the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe."""
+        """Starts nothing yet.
+
+        Args:
+            embed: the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe.
+            preprocess: of the encoder's bundle.
+            config: with `max_batch` and `inference_workers` as the encoder wants them, not 0.
+            watch: told of each batch of each step.
+        """
         self._embed = embed
         self._pixel_bytes = preprocess.size**2 * 3
         self._max_batch = config.max_batch
@@ -39,12 +52,15 @@ class Pipeline:
             workers=config.decode_workers,
             share=True,
             name="decode",
+            watch=partial(watch, "decode") if watch else None,
         )
         self._inference: Batcher[Pixels, Embeddings] = Batcher(
             self._infer,
             max_batch=config.max_batch,
             workers=config.inference_workers,
+            share=True,
             name="inference",
+            watch=partial(watch, "inference") if watch else None,
         )
         self.budget = Budget(
             max_images=config.max_queued_images,
@@ -94,32 +110,67 @@ class Pipeline:
         with await self._claim(len(pixels), pixels.nbytes, wait):
             return _joined(await self._inference.submit(list(pixels), deadline=deadline))
 
-    async def close(self) -> None:
-        """Ends the threads, after the batches that are in them."""
-        await self._decoding.close()
-        await self._inference.close()
+    async def decode(
+        self, images: Sequence[bytes], *, deadline: float | None = None, offset: int = 0
+    ) -> list[Pixels]:
+        """Decodes image files to uint8 [S, S, 3] each; within a claim.
 
-    async def _claim(self, images: int, size: int, wait: bool) -> Claim:
-        if not images:
-            raise InvalidRequest("the request has no images; send at least one")
-        if wait:
-            return await self.budget.wait_for(images, size)
-        return self.budget.claim(images, size)
+        Args:
+            images: at least one.
+            deadline: on time.monotonic()'s clock; see `Batcher.submit`.
+            offset: position of the first in its request, for the message of an error.
 
-    async def _piece(
-        self, images: Sequence[bytes], offset: int, deadline: float | None
-    ) -> Embeddings:
+        Raises:
+            InvalidImage: names the position of the first bad image.
+            DeadlinePassed, Unavailable: nothing is wrong with the images.
+        """
         frames: list[Pixels] = []
         for part in await self._decoding.submit(images, deadline=deadline):
             for decoded in part:
                 if isinstance(decoded, InvalidImage):
                     raise decoded.at(offset + len(frames))
                 frames.append(decoded)
+        return frames
+
+    def queued(self) -> dict[str, int]:
+        """Images that wait for each step."""
+        return {"decode": self._decoding.queued, "inference": self._inference.queued}
+
+    async def close(self) -> None:
+        """Ends the threads, after the batches that are in them."""
+        await self._decoding.close()
+        await self._inference.close()
+
+    def claim(self, images: int, size: int) -> Claim:
+        """Room in the budget.
+
+        Raises:
+            InvalidRequest: no images, or more than could ever be queued.
+            Overloaded: no room now.
+        """
+        _check_any(images)
+        return self.budget.claim(images, size)
+
+    async def _claim(self, images: int, size: int, wait: bool) -> Claim:
+        if not wait:
+            return self.claim(images, size)
+        _check_any(images)
+        return await self.budget.wait_for(images, size)
+
+    async def _piece(
+        self, images: Sequence[bytes], offset: int, deadline: float | None
+    ) -> Embeddings:
+        frames = await self.decode(images, deadline=deadline, offset=offset)
         return _joined(await self._inference.submit(frames, deadline=deadline))
 
     def _infer(self, frames: list[Pixels]) -> Embeddings:
         """Runs in an inference thread."""
         return self._embed(frames[0][None] if len(frames) == 1 else np.stack(frames))
+
+
+def _check_any(images: int) -> None:
+    if not images:
+        raise InvalidRequest("the request has no images; send at least one")
 
 
 def _joined(parts: list[Embeddings]) -> Embeddings:

@@ -20,6 +20,7 @@ CODES: Mapping[type[ByolError], StatusCode] = {
     errors.NotFound: StatusCode.NOT_FOUND,
     errors.UnknownCollection: StatusCode.NOT_FOUND,
     errors.UnknownId: StatusCode.NOT_FOUND,
+    errors.UnknownModel: StatusCode.NOT_FOUND,
     errors.AlreadyExists: StatusCode.ALREADY_EXISTS,
     errors.FailedPrecondition: StatusCode.FAILED_PRECONDITION,
     errors.EncoderMismatch: StatusCode.FAILED_PRECONDITION,

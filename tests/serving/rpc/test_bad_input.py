@@ -60,7 +60,7 @@ def bomb() -> bytes:
 BAD_IMAGES = {
     "empty": (b"", InvalidImage, "empty: 0 bytes"),
     "text": (b"This is not a JPEG, whatever its name is.", InvalidImage, "not an image file"),
-    "truncated": (encoded(PICTURE, "JPEG")[:-500], InvalidImage, "damaged JPEG"),
+    "truncated": (encoded(PICTURE, "JPEG")[:-100], InvalidImage, "damaged JPEG"),
     "header only": (encoded(PICTURE, "JPEG")[:20], InvalidImage, "image 1: "),
     "bomb": (bomb(), ImageTooLarge, "50000 x 50000 pixels is over the limit"),
 }
@@ -164,7 +164,7 @@ def test_bytes_that_are_no_message(address: str, client: Client) -> None:
         nothing: Any = channel.unary_unary("/byol.v1.Embedder/Nothing")
         with pytest.raises(grpc.RpcError) as caught:
             embed(b"\xff\xff\xff garbage", timeout=10)
-        assert caught.value.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         with pytest.raises(grpc.RpcError) as caught:
             nothing(b"", timeout=10)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

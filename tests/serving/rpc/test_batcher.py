@@ -119,6 +119,27 @@ async def test_cancelled_and_expired_requests_never_reach_the_worker(
     assert batcher.queued == 0
 
 
+async def test_a_batch_stays_small_for_a_request_that_is_short_of_time(gate: Gate) -> None:
+    batcher = Batcher[int, list[int]](gate, max_batch=8)
+    first = asyncio.ensure_future(batcher.submit([0]))
+    await busy(gate)
+    batcher.seconds_per_item = 12.5  # a pace that is 10 after the first batch, 8 after the second
+    now = time.monotonic()
+    waiting = [
+        batcher.submit([1, 2, 3], deadline=now + 10_000),
+        batcher.submit([4], deadline=now + 25),  # too late in a batch of 4
+        batcher.submit([5, 6, 7]),  # of which two end in time for it
+        batcher.submit([8], deadline=now + 5),  # late even alone: makes no batch smaller
+    ]
+    done = asyncio.gather(*waiting)
+    await asyncio.sleep(0)
+    gate.permits.release(100)
+    await first
+    await done
+    await batcher.close()
+    assert gate.batches == [[0], [1, 2, 3], [4, 5, 6], [8, 7]]
+
+
 async def test_an_error_fails_its_batch_only(gate: Gate, batcher: Batcher[int, list[int]]) -> None:
     gate.error = ValueError("broken")
     gate.permits.release(1)

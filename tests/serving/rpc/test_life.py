@@ -111,7 +111,7 @@ async def test_the_request_id_comes_back_and_is_in_the_log(
                     pb.GetEncoderRequest(), metadata=(("x-request-id", given),), timeout=10
                 )
                 await call
-                found = dict(await call.trailing_metadata())["x-request-id"]
+                found = (await call.trailing_metadata())["x-request-id"]
                 assert (found == given) is kept
                 assert f"code=OK ms=" in caplog.text  # noqa: F541
                 assert f"request_id={found}" in caplog.text
@@ -146,7 +146,9 @@ async def flood(client: AsyncClient) -> None:
 async def test_a_full_queue_refuses_at_once_and_a_retry_succeeds(
     bundle_path: Path, slow: Slow
 ) -> None:
-    config = ServeConfig(bundle=bundle_path, port=0, max_batch=1, max_queued_images=2)
+    config = ServeConfig(
+        bundle=bundle_path, port=0, max_batch=1, inference_workers=1, max_queued_images=2
+    )
     async with (
         serving(config) as running,
         AsyncClient(running.address, retry=ONCE) as once,
@@ -169,7 +171,7 @@ async def test_a_full_queue_refuses_at_once_and_a_retry_succeeds(
 async def test_expired_and_cancelled_requests_are_never_embedded(
     bundle_path: Path, slow: Slow
 ) -> None:
-    config = ServeConfig(bundle=bundle_path, port=0, max_batch=8)
+    config = ServeConfig(bundle=bundle_path, port=0, max_batch=8, inference_workers=1)
     async with (
         serving(config) as running,
         AsyncClient(running.address, retry=ONCE) as client,
@@ -191,7 +193,7 @@ async def test_expired_and_cancelled_requests_are_never_embedded(
 async def test_a_drain_answers_what_was_accepted_and_refuses_more(
     bundle_path: Path, slow: Slow
 ) -> None:
-    config = ServeConfig(bundle=bundle_path, port=0)
+    config = ServeConfig(bundle=bundle_path, port=0, inference_workers=1)
     async with (
         serving(config) as running,
         AsyncClient(running.address, retry=ONCE) as client,
@@ -215,7 +217,7 @@ async def test_a_drain_answers_what_was_accepted_and_refuses_more(
 
 
 async def test_a_drain_ends_at_its_limit(bundle_path: Path, slow: Slow) -> None:
-    config = ServeConfig(bundle=bundle_path, port=0, drain_seconds=0.1)
+    config = ServeConfig(bundle=bundle_path, port=0, inference_workers=1, drain_seconds=0.1)
     async with serving(config) as running, AsyncClient(running.address, retry=ONCE) as client:
         stuck = asyncio.ensure_future(client.embed(PIXELS))
         await slow.wait()
@@ -254,7 +256,7 @@ async def test_a_damaged_bundle_never_becomes_ready(tmp_path: Path) -> None:
     [
         ({}, "neither bundle nor store"),
         ({"store": Path("s"), "port": 70000}, r"port 70000 is outside 0\.\.65535"),
-        ({"store": Path("s"), "max_batch": 0}, "max_batch 0"),
+        ({"store": Path("s"), "max_batch": -1}, "max_batch -1"),
         ({"store": Path("s"), "host": ""}, "host is empty"),
     ],
 )
@@ -331,7 +333,8 @@ class Slow(server.Encoder):
             time.sleep(float(sys.argv[3]))
         return super().embed(pixels)
 server.Encoder = Slow
-config = ServeConfig(bundle=pathlib.Path(sys.argv[1]), store=pathlib.Path(sys.argv[2]), port=0)
+bundle, store = map(pathlib.Path, sys.argv[1:3])
+config = ServeConfig(bundle=bundle, store=store, port=0, inference_workers=1)
 sys.exit(server.run_server(config, lambda address: print(address, flush=True)))
 """
 

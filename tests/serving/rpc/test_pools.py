@@ -99,6 +99,7 @@ async def test_blocking_calls_are_dropped_before_they_begin() -> None:
     )
     await asyncio.sleep(0.02)
     gone.cancel()
+    await asyncio.wait([gone])  # it has left the queue; only now may the queue move on
     go.set()
     await first
     with pytest.raises(DeadlinePassed):

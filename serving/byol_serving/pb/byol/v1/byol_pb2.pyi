@@ -82,8 +82,14 @@ class EmbedRequest(google.protobuf.message.Message):
     IMAGES_FIELD_NUMBER: builtins.int
     PIXELS_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
     dtype: Global___DType.ValueType
     """float32 (default), float16 or int8."""
+    model: builtins.str
+    """Empty: the server's default model."""
+    version: builtins.str
+    """Empty: the version in use."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """Encoded image files (JPEG, PNG, WebP, GIF, BMP, TIFF), decoded as the encoder's bundle says."""
@@ -98,9 +104,11 @@ class EmbedRequest(google.protobuf.message.Message):
         images: collections.abc.Iterable[builtins.bytes] | None = ...,
         pixels: Global___Tensor | None = ...,
         dtype: Global___DType.ValueType = ...,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "pixels", b"pixels"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "version", b"version"]) -> None: ...
 
 Global___EmbedRequest: typing_extensions.TypeAlias = EmbedRequest
 
@@ -130,9 +138,19 @@ Global___EmbedResponse: typing_extensions.TypeAlias = EmbedResponse
 class GetEncoderRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """empty: the server's default model"""
+    version: builtins.str
+    """empty: the version in use"""
     def __init__(
         self,
+        *,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "version", b"version"]) -> None: ...
 
 Global___GetEncoderRequest: typing_extensions.TypeAlias = GetEncoderRequest
 
@@ -146,6 +164,9 @@ class Encoder(google.protobuf.message.Message):
     DIM_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
     PROVIDER_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
     encoder_id: builtins.str
     """sha256 of the ONNX graph"""
     name: builtins.str
@@ -155,6 +176,13 @@ class Encoder(google.protobuf.message.Message):
     """fp32, fp16, int8"""
     provider: builtins.str
     """the ONNX Runtime execution provider in use"""
+    model: builtins.str
+    """the name that requests call it by"""
+    version: builtins.str
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """that ExtractFeatures can be asked for"""
+
     def __init__(
         self,
         *,
@@ -164,10 +192,140 @@ class Encoder(google.protobuf.message.Message):
         dim: builtins.int = ...,
         precision: builtins.str = ...,
         provider: builtins.str = ...,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
+        stages: collections.abc.Iterable[Global___Stage] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "name", b"name", "precision", b"precision", "provider", b"provider"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "model", b"model", "name", b"name", "precision", b"precision", "provider", b"provider", "stages", b"stages", "version", b"version"]) -> None: ...
 
 Global___Encoder: typing_extensions.TypeAlias = Encoder
+
+@typing.final
+class Stage(google.protobuf.message.Message):
+    """A stage of the encoder and its feature map, float32 [N, channels, side, side]."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    CHANNELS_FIELD_NUMBER: builtins.int
+    SIDE_FIELD_NUMBER: builtins.int
+    STRIDE_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    channels: builtins.int
+    side: builtins.int
+    stride: builtins.int
+    """input pixels from one column, or row, to the next"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        channels: builtins.int = ...,
+        side: builtins.int = ...,
+        stride: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["channels", b"channels", "name", b"name", "side", b"side", "stride", b"stride"]) -> None: ...
+
+Global___Stage: typing_extensions.TypeAlias = Stage
+
+@typing.final
+class ExtractFeaturesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: builtins.int
+    PIXELS_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
+    WITH_EMBEDDINGS_FIELD_NUMBER: builtins.int
+    dtype: Global___DType.ValueType
+    """float32 (default) or float16."""
+    model: builtins.str
+    """empty: the server's default model"""
+    version: builtins.str
+    """empty: the version in use"""
+    with_embeddings: builtins.bool
+    """Also the embeddings, which the same run of the encoder gives."""
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """As in EmbedRequest: encoded images or raw pixels."""
+
+    @property
+    def pixels(self) -> Global___Tensor: ...
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """At least one; no two alike."""
+
+    def __init__(
+        self,
+        *,
+        images: collections.abc.Iterable[builtins.bytes] | None = ...,
+        pixels: Global___Tensor | None = ...,
+        dtype: Global___DType.ValueType = ...,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
+        stages: collections.abc.Iterable[builtins.str] | None = ...,
+        with_embeddings: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "stages", b"stages", "version", b"version", "with_embeddings", b"with_embeddings"]) -> None: ...
+
+Global___ExtractFeaturesRequest: typing_extensions.TypeAlias = ExtractFeaturesRequest
+
+@typing.final
+class FeatureMap(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    @property
+    def stage(self) -> Global___Stage: ...
+    @property
+    def values(self) -> Global___Tensor:
+        """[N, channels, side, side]"""
+
+    def __init__(
+        self,
+        *,
+        stage: Global___Stage | None = ...,
+        values: Global___Tensor | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["stage", b"stage", "values", b"values"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["stage", b"stage", "values", b"values"]) -> None: ...
+
+Global___FeatureMap: typing_extensions.TypeAlias = FeatureMap
+
+@typing.final
+class ExtractFeaturesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAPS_FIELD_NUMBER: builtins.int
+    EMBEDDINGS_FIELD_NUMBER: builtins.int
+    ENCODER_ID_FIELD_NUMBER: builtins.int
+    IMAGE_SIZE_FIELD_NUMBER: builtins.int
+    encoder_id: builtins.str
+    image_size: builtins.int
+    """side of the encoder's input, to which strides refer"""
+    @property
+    def maps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FeatureMap]:
+        """in the order of the stages asked for"""
+
+    @property
+    def embeddings(self) -> Global___Tensor:
+        """[N, D], only if asked for"""
+
+    def __init__(
+        self,
+        *,
+        maps: collections.abc.Iterable[Global___FeatureMap] | None = ...,
+        embeddings: Global___Tensor | None = ...,
+        encoder_id: builtins.str = ...,
+        image_size: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["embeddings", b"embeddings"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["embeddings", b"embeddings", "encoder_id", b"encoder_id", "image_size", b"image_size", "maps", b"maps"]) -> None: ...
+
+Global___ExtractFeaturesResponse: typing_extensions.TypeAlias = ExtractFeaturesResponse
 
 @typing.final
 class Collection(google.protobuf.message.Message):
@@ -180,6 +338,8 @@ class Collection(google.protobuf.message.Message):
     ENCODER_ID_FIELD_NUMBER: builtins.int
     COUNT_FIELD_NUMBER: builtins.int
     INDEX_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    RECALL_FIELD_NUMBER: builtins.int
     name: builtins.str
     dim: builtins.int
     encoder_id: builtins.str
@@ -187,6 +347,10 @@ class Collection(google.protobuf.message.Message):
     count: builtins.int
     index: builtins.str
     """the index kind that answers searches now"""
+    version: builtins.int
+    """Grows with every change; absent where the backend does not count them."""
+    recall: builtins.float
+    """The part of the true nearest that the index finds (1 for flat); absent until it is measured."""
     def __init__(
         self,
         *,
@@ -195,8 +359,15 @@ class Collection(google.protobuf.message.Message):
         encoder_id: builtins.str = ...,
         count: builtins.int = ...,
         index: builtins.str = ...,
+        version: builtins.int | None = ...,
+        recall: builtins.float | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["count", b"count", "dim", b"dim", "encoder_id", b"encoder_id", "index", b"index", "name", b"name"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_recall", b"_recall", "_version", b"_version", "recall", b"recall", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_recall", b"_recall", "_version", b"_version", "count", b"count", "dim", b"dim", "encoder_id", b"encoder_id", "index", b"index", "name", b"name", "recall", b"recall", "version", b"version"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_recall", b"_recall"]) -> typing.Literal["recall"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_version", b"_version"]) -> typing.Literal["version"] | None: ...
 
 Global___Collection: typing_extensions.TypeAlias = Collection
 
@@ -241,6 +412,77 @@ class GetCollectionRequest(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
 
 Global___GetCollectionRequest: typing_extensions.TypeAlias = GetCollectionRequest
+
+@typing.final
+class GetCollectionStatsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___GetCollectionStatsRequest: typing_extensions.TypeAlias = GetCollectionStatsRequest
+
+@typing.final
+class CollectionStats(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    ANSWERING_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    DELETED_FIELD_NUMBER: builtins.int
+    UNABSORBED_FIELD_NUMBER: builtins.int
+    EFFORT_FIELD_NUMBER: builtins.int
+    RECALL_FIELD_NUMBER: builtins.int
+    RECALL_TARGET_FIELD_NUMBER: builtins.int
+    VECTOR_BYTES_FIELD_NUMBER: builtins.int
+    INDEX_BYTES_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """what the collection was created with"""
+    answering: builtins.str
+    """what answers searches now"""
+    wanted: builtins.str
+    """what its size calls for; another than `answering` while that is built"""
+    count: builtins.int
+    deleted: builtins.int
+    """not yet squeezed out of the index"""
+    unabsorbed: builtins.int
+    """new, and scanned beside the approximate index"""
+    effort: builtins.int
+    """Lists read (IVF) or width of the walk (HNSW) of a search; absent for an exact index."""
+    recall: builtins.float
+    """recall@10 on held-back queries when the index was built; 1 for an exact one"""
+    recall_target: builtins.float
+    vector_bytes: builtins.int
+    """memory of the float32 vectors"""
+    index_bytes: builtins.int
+    """memory of the approximate index"""
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        answering: builtins.str = ...,
+        wanted: builtins.str = ...,
+        count: builtins.int = ...,
+        deleted: builtins.int = ...,
+        unabsorbed: builtins.int = ...,
+        effort: builtins.int | None = ...,
+        recall: builtins.float = ...,
+        recall_target: builtins.float = ...,
+        vector_bytes: builtins.int = ...,
+        index_bytes: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_effort", b"_effort", "effort", b"effort"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_effort", b"_effort", "answering", b"answering", "count", b"count", "deleted", b"deleted", "effort", b"effort", "index_bytes", b"index_bytes", "kind", b"kind", "recall", b"recall", "recall_target", b"recall_target", "unabsorbed", b"unabsorbed", "vector_bytes", b"vector_bytes", "wanted", b"wanted"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_effort", b"_effort"]) -> typing.Literal["effort"] | None: ...
+
+Global___CollectionStats: typing_extensions.TypeAlias = CollectionStats
 
 @typing.final
 class ListCollectionsRequest(google.protobuf.message.Message):
@@ -499,7 +741,61 @@ class GetResponse(google.protobuf.message.Message):
 Global___GetResponse: typing_extensions.TypeAlias = GetResponse
 
 @typing.final
-class Query(google.protobuf.message.Message):
+class ListItemsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: builtins.int
+    FILTER_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    WITH_VECTORS_FIELD_NUMBER: builtins.int
+    WITHOUT_METADATA_FIELD_NUMBER: builtins.int
+    collection: builtins.str
+    page_size: builtins.int
+    """at most; default 100"""
+    page_token: builtins.str
+    """empty, or the answer's next_page_token: what comes after"""
+    with_vectors: builtins.bool
+    without_metadata: builtins.bool
+    @property
+    def filter(self) -> Global___Filter: ...
+    def __init__(
+        self,
+        *,
+        collection: builtins.str = ...,
+        filter: Global___Filter | None = ...,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+        with_vectors: builtins.bool = ...,
+        without_metadata: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["filter", b"filter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["collection", b"collection", "filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "with_vectors", b"with_vectors", "without_metadata", b"without_metadata"]) -> None: ...
+
+Global___ListItemsRequest: typing_extensions.TypeAlias = ListItemsRequest
+
+@typing.final
+class ListItemsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """empty after the last item"""
+    @property
+    def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Item]: ...
+    def __init__(
+        self,
+        *,
+        items: collections.abc.Iterable[Global___Item] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["items", b"items", "next_page_token", b"next_page_token"]) -> None: ...
+
+Global___ListItemsResponse: typing_extensions.TypeAlias = ListItemsResponse
+
+@typing.final
+class Example(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     IMAGE_FIELD_NUMBER: builtins.int
@@ -508,7 +804,7 @@ class Query(google.protobuf.message.Message):
     image: builtins.bytes
     """an encoded image, embedded here"""
     id: builtins.str
-    """an item of this collection, which is left out of its own answer"""
+    """an item of this collection"""
     @property
     def vector(self) -> Global___Tensor:
         """[D]"""
@@ -524,6 +820,68 @@ class Query(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["by", b"by", "id", b"id", "image", b"image", "vector", b"vector"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["by", b"by"]) -> typing.Literal["image", "vector", "id"] | None: ...
 
+Global___Example: typing_extensions.TypeAlias = Example
+
+@typing.final
+class Examples(google.protobuf.message.Message):
+    """"Like these, not like those": mean(like) - unlike_weight x mean(unlike), over unit vectors.
+    Examples by id are left out of the answer.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LIKE_FIELD_NUMBER: builtins.int
+    UNLIKE_FIELD_NUMBER: builtins.int
+    UNLIKE_WEIGHT_FIELD_NUMBER: builtins.int
+    unlike_weight: builtins.float
+    """default 0.2"""
+    @property
+    def like(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Example]: ...
+    @property
+    def unlike(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Example]: ...
+    def __init__(
+        self,
+        *,
+        like: collections.abc.Iterable[Global___Example] | None = ...,
+        unlike: collections.abc.Iterable[Global___Example] | None = ...,
+        unlike_weight: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_unlike_weight", b"_unlike_weight", "unlike_weight", b"unlike_weight"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_unlike_weight", b"_unlike_weight", "like", b"like", "unlike", b"unlike", "unlike_weight", b"unlike_weight"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_unlike_weight", b"_unlike_weight"]) -> typing.Literal["unlike_weight"] | None: ...
+
+Global___Examples: typing_extensions.TypeAlias = Examples
+
+@typing.final
+class Query(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: builtins.int
+    VECTOR_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    EXAMPLES_FIELD_NUMBER: builtins.int
+    image: builtins.bytes
+    """an encoded image, embedded here"""
+    id: builtins.str
+    """an item of this collection, which is left out of its own answer"""
+    @property
+    def vector(self) -> Global___Tensor:
+        """[D]"""
+
+    @property
+    def examples(self) -> Global___Examples: ...
+    def __init__(
+        self,
+        *,
+        image: builtins.bytes = ...,
+        vector: Global___Tensor | None = ...,
+        id: builtins.str = ...,
+        examples: Global___Examples | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["by", b"by", "examples", b"examples", "id", b"id", "image", b"image", "vector", b"vector"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["by", b"by", "examples", b"examples", "id", b"id", "image", b"image", "vector", b"vector"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["by", b"by"]) -> typing.Literal["image", "vector", "id", "examples"] | None: ...
+
 Global___Query: typing_extensions.TypeAlias = Query
 
 @typing.final
@@ -538,14 +896,37 @@ class SearchRequest(google.protobuf.message.Message):
     MIN_SCORE_FIELD_NUMBER: builtins.int
     WITH_VECTORS_FIELD_NUMBER: builtins.int
     WITHOUT_METADATA_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    GROUP_BY_FIELD_NUMBER: builtins.int
+    GROUP_SIZE_FIELD_NUMBER: builtins.int
+    MMR_LAMBDA_FIELD_NUMBER: builtins.int
+    MMR_CANDIDATES_FIELD_NUMBER: builtins.int
+    EFFORT_FIELD_NUMBER: builtins.int
     collection: builtins.str
     k: builtins.int
-    """1 .. the collection's size; more is INVALID_ARGUMENT. A query by id never answers with its own id."""
+    """1 .. the collection's size; more is INVALID_ARGUMENT, except with min_score, where k is a limit.
+    A query by id never answers with its own id.
+    """
     min_score: builtins.float
     """Leaves out neighbours with a lower cosine similarity."""
     with_vectors: builtins.bool
     without_metadata: builtins.bool
     """Leaves out the metadata of the neighbours."""
+    offset: builtins.int
+    """Leaves out the best so many. Equal scores are in the order their items were stored."""
+    version: builtins.int
+    """Only if the collection's version is still this one, else FAILED_PRECONDITION: pages that fit."""
+    group_by: builtins.str
+    """The best k values of this metadata key instead of the best k items ..."""
+    group_size: builtins.int
+    """... each with its best so many items; default 1."""
+    mmr_lambda: builtins.float
+    """Maximal marginal relevance: 1 ranks by similarity alone, 0 by difference from the hits before."""
+    mmr_candidates: builtins.int
+    """The nearest so many are the choice; default 4 k, at least 64."""
+    effort: builtins.int
+    """Lists read (IVF) or width of the walk (HNSW) instead of what the index was tuned to."""
     @property
     def queries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Query]: ...
     @property
@@ -565,10 +946,22 @@ class SearchRequest(google.protobuf.message.Message):
         min_score: builtins.float | None = ...,
         with_vectors: builtins.bool = ...,
         without_metadata: builtins.bool = ...,
+        offset: builtins.int = ...,
+        version: builtins.int | None = ...,
+        group_by: builtins.str = ...,
+        group_size: builtins.int = ...,
+        mmr_lambda: builtins.float | None = ...,
+        mmr_candidates: builtins.int = ...,
+        effort: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_min_score", b"_min_score", "filter", b"filter", "min_score", b"min_score", "vectors", b"vectors"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_min_score", b"_min_score", "collection", b"collection", "filter", b"filter", "k", b"k", "min_score", b"min_score", "queries", b"queries", "vectors", b"vectors", "with_vectors", b"with_vectors", "without_metadata", b"without_metadata"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_min_score", b"_min_score", "_mmr_lambda", b"_mmr_lambda", "_version", b"_version", "filter", b"filter", "min_score", b"min_score", "mmr_lambda", b"mmr_lambda", "vectors", b"vectors", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_min_score", b"_min_score", "_mmr_lambda", b"_mmr_lambda", "_version", b"_version", "collection", b"collection", "effort", b"effort", "filter", b"filter", "group_by", b"group_by", "group_size", b"group_size", "k", b"k", "min_score", b"min_score", "mmr_candidates", b"mmr_candidates", "mmr_lambda", b"mmr_lambda", "offset", b"offset", "queries", b"queries", "vectors", b"vectors", "version", b"version", "with_vectors", b"with_vectors", "without_metadata", b"without_metadata"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_score", b"_min_score"]) -> typing.Literal["min_score"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_mmr_lambda", b"_mmr_lambda"]) -> typing.Literal["mmr_lambda"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_version", b"_version"]) -> typing.Literal["version"] | None: ...
 
 Global___SearchRequest: typing_extensions.TypeAlias = SearchRequest
 
@@ -601,10 +994,13 @@ class Hit(google.protobuf.message.Message):
 Global___Hit: typing_extensions.TypeAlias = Hit
 
 @typing.final
-class Hits(google.protobuf.message.Message):
+class HitGroup(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    VALUE_FIELD_NUMBER: builtins.int
     HITS_FIELD_NUMBER: builtins.int
+    @property
+    def value(self) -> google.protobuf.struct_pb2.Value: ...
     @property
     def hits(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Hit]:
         """best first"""
@@ -612,9 +1008,35 @@ class Hits(google.protobuf.message.Message):
     def __init__(
         self,
         *,
+        value: google.protobuf.struct_pb2.Value | None = ...,
         hits: collections.abc.Iterable[Global___Hit] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["hits", b"hits"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hits", b"hits", "value", b"value"]) -> None: ...
+
+Global___HitGroup: typing_extensions.TypeAlias = HitGroup
+
+@typing.final
+class Hits(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    @property
+    def hits(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Hit]:
+        """best first"""
+
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___HitGroup]:
+        """instead, where group_by is set; by their best hit"""
+
+    def __init__(
+        self,
+        *,
+        hits: collections.abc.Iterable[Global___Hit] | None = ...,
+        groups: collections.abc.Iterable[Global___HitGroup] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["groups", b"groups", "hits", b"hits"]) -> None: ...
 
 Global___Hits: typing_extensions.TypeAlias = Hits
 
@@ -623,6 +1045,9 @@ class SearchResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    """of the collection; absent where the backend does not count"""
     @property
     def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Hits]:
         """one for each query"""
@@ -631,10 +1056,522 @@ class SearchResponse(google.protobuf.message.Message):
         self,
         *,
         results: collections.abc.Iterable[Global___Hits] | None = ...,
+        version: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_version", b"_version", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_version", b"_version", "results", b"results", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_version", b"_version"]) -> typing.Literal["version"] | None: ...
+
+Global___SearchResponse: typing_extensions.TypeAlias = SearchResponse
+
+@typing.final
+class FindDuplicatesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: builtins.int
+    MIN_SCORE_FIELD_NUMBER: builtins.int
+    FILTER_FIELD_NUMBER: builtins.int
+    EXACT_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    collection: builtins.str
+    min_score: builtins.float
+    """pairs at or above this cosine similarity are duplicates"""
+    exact: builtins.bool
+    """Looks at every pair; default: up to 100,000 items, beyond that at what the index finds."""
+    limit: builtins.int
+    """groups; 0: all"""
+    @property
+    def filter(self) -> Global___Filter: ...
+    def __init__(
+        self,
+        *,
+        collection: builtins.str = ...,
+        min_score: builtins.float = ...,
+        filter: Global___Filter | None = ...,
+        exact: builtins.bool | None = ...,
+        limit: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_exact", b"_exact", "exact", b"exact", "filter", b"filter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_exact", b"_exact", "collection", b"collection", "exact", b"exact", "filter", b"filter", "limit", b"limit", "min_score", b"min_score"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_exact", b"_exact"]) -> typing.Literal["exact"] | None: ...
+
+Global___FindDuplicatesRequest: typing_extensions.TypeAlias = FindDuplicatesRequest
+
+@typing.final
+class DuplicateGroup(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: builtins.int
+    WEAKEST_FIELD_NUMBER: builtins.int
+    STRONGEST_FIELD_NUMBER: builtins.int
+    weakest: builtins.float
+    """the lowest and ..."""
+    strongest: builtins.float
+    """... the highest similarity among the pairs that made the group"""
+    @property
+    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """in the order they were stored"""
+
+    def __init__(
+        self,
+        *,
+        ids: collections.abc.Iterable[builtins.str] | None = ...,
+        weakest: builtins.float = ...,
+        strongest: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ids", b"ids", "strongest", b"strongest", "weakest", b"weakest"]) -> None: ...
+
+Global___DuplicateGroup: typing_extensions.TypeAlias = DuplicateGroup
+
+@typing.final
+class FindDuplicatesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: builtins.int
+    ITEMS_FIELD_NUMBER: builtins.int
+    PAIRS_FIELD_NUMBER: builtins.int
+    EXACT_FIELD_NUMBER: builtins.int
+    items: builtins.int
+    """looked at"""
+    pairs: builtins.int
+    """found at or above min_score"""
+    exact: builtins.bool
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DuplicateGroup]:
+        """largest first"""
+
+    def __init__(
+        self,
+        *,
+        groups: collections.abc.Iterable[Global___DuplicateGroup] | None = ...,
+        items: builtins.int = ...,
+        pairs: builtins.int = ...,
+        exact: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["exact", b"exact", "groups", b"groups", "items", b"items", "pairs", b"pairs"]) -> None: ...
+
+Global___FindDuplicatesResponse: typing_extensions.TypeAlias = FindDuplicatesResponse
+
+@typing.final
+class FindOutliersRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: builtins.int
+    K_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    FILTER_FIELD_NUMBER: builtins.int
+    collection: builtins.str
+    k: builtins.int
+    """neighbours; default 10"""
+    limit: builtins.int
+    """items; default 20"""
+    @property
+    def filter(self) -> Global___Filter: ...
+    def __init__(
+        self,
+        *,
+        collection: builtins.str = ...,
+        k: builtins.int = ...,
+        limit: builtins.int = ...,
+        filter: Global___Filter | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["filter", b"filter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["collection", b"collection", "filter", b"filter", "k", b"k", "limit", b"limit"]) -> None: ...
+
+Global___FindOutliersRequest: typing_extensions.TypeAlias = FindOutliersRequest
+
+@typing.final
+class Outlier(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    DISTANCE_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    distance: builtins.float
+    """mean of 1 - cosine similarity to the k nearest"""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        distance: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["distance", b"distance", "id", b"id"]) -> None: ...
+
+Global___Outlier: typing_extensions.TypeAlias = Outlier
+
+@typing.final
+class FindOutliersResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OUTLIERS_FIELD_NUMBER: builtins.int
+    ITEMS_FIELD_NUMBER: builtins.int
+    items: builtins.int
+    """looked at"""
+    @property
+    def outliers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Outlier]:
+        """farthest first"""
+
+    def __init__(
+        self,
+        *,
+        outliers: collections.abc.Iterable[Global___Outlier] | None = ...,
+        items: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["items", b"items", "outliers", b"outliers"]) -> None: ...
+
+Global___FindOutliersResponse: typing_extensions.TypeAlias = FindOutliersResponse
+
+@typing.final
+class ClassifyRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    QUERIES_FIELD_NUMBER: builtins.int
+    K_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    FILTER_FIELD_NUMBER: builtins.int
+    collection: builtins.str
+    key: builtins.str
+    """the metadata key that holds labels"""
+    k: builtins.int
+    """neighbours that vote; default 20"""
+    temperature: builtins.float
+    """a vote weighs exp(similarity / temperature); default 0.07"""
+    @property
+    def queries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Example]: ...
+    @property
+    def filter(self) -> Global___Filter: ...
+    def __init__(
+        self,
+        *,
+        collection: builtins.str = ...,
+        key: builtins.str = ...,
+        queries: collections.abc.Iterable[Global___Example] | None = ...,
+        k: builtins.int = ...,
+        temperature: builtins.float = ...,
+        filter: Global___Filter | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["filter", b"filter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["collection", b"collection", "filter", b"filter", "k", b"k", "key", b"key", "queries", b"queries", "temperature", b"temperature"]) -> None: ...
+
+Global___ClassifyRequest: typing_extensions.TypeAlias = ClassifyRequest
+
+@typing.final
+class LabelVotes(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: builtins.int
+    VOTES_FIELD_NUMBER: builtins.int
+    SHARE_FIELD_NUMBER: builtins.int
+    votes: builtins.int
+    share: builtins.float
+    """of all weights"""
+    @property
+    def label(self) -> google.protobuf.struct_pb2.Value: ...
+    def __init__(
+        self,
+        *,
+        label: google.protobuf.struct_pb2.Value | None = ...,
+        votes: builtins.int = ...,
+        share: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["label", b"label"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["label", b"label", "share", b"share", "votes", b"votes"]) -> None: ...
+
+Global___LabelVotes: typing_extensions.TypeAlias = LabelVotes
+
+@typing.final
+class Classification(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LABELS_FIELD_NUMBER: builtins.int
+    @property
+    def labels(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LabelVotes]:
+        """best first; the first is the answer, its share the confidence"""
+
+    def __init__(
+        self,
+        *,
+        labels: collections.abc.Iterable[Global___LabelVotes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["labels", b"labels"]) -> None: ...
+
+Global___Classification: typing_extensions.TypeAlias = Classification
+
+@typing.final
+class ClassifyResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: builtins.int
+    @property
+    def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Classification]:
+        """one for each query"""
+
+    def __init__(
+        self,
+        *,
+        results: collections.abc.Iterable[Global___Classification] | None = ...,
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["results", b"results"]) -> None: ...
 
-Global___SearchResponse: typing_extensions.TypeAlias = SearchResponse
+Global___ClassifyResponse: typing_extensions.TypeAlias = ClassifyResponse
+
+@typing.final
+class Pair(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEFT_FIELD_NUMBER: builtins.int
+    RIGHT_FIELD_NUMBER: builtins.int
+    @property
+    def left(self) -> Global___Example: ...
+    @property
+    def right(self) -> Global___Example: ...
+    def __init__(
+        self,
+        *,
+        left: Global___Example | None = ...,
+        right: Global___Example | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["left", b"left", "right", b"right"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["left", b"left", "right", b"right"]) -> None: ...
+
+Global___Pair: typing_extensions.TypeAlias = Pair
+
+@typing.final
+class VerifyPairsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: builtins.int
+    PAIRS_FIELD_NUMBER: builtins.int
+    THRESHOLD_FIELD_NUMBER: builtins.int
+    collection: builtins.str
+    """gives the encoder, and the items of examples by id"""
+    threshold: builtins.float
+    @property
+    def pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Pair]: ...
+    def __init__(
+        self,
+        *,
+        collection: builtins.str = ...,
+        pairs: collections.abc.Iterable[Global___Pair] | None = ...,
+        threshold: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["collection", b"collection", "pairs", b"pairs", "threshold", b"threshold"]) -> None: ...
+
+Global___VerifyPairsRequest: typing_extensions.TypeAlias = VerifyPairsRequest
+
+@typing.final
+class PairResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCORE_FIELD_NUMBER: builtins.int
+    SAME_FIELD_NUMBER: builtins.int
+    score: builtins.float
+    """cosine similarity"""
+    same: builtins.bool
+    """score >= threshold"""
+    def __init__(
+        self,
+        *,
+        score: builtins.float = ...,
+        same: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["same", b"same", "score", b"score"]) -> None: ...
+
+Global___PairResult: typing_extensions.TypeAlias = PairResult
+
+@typing.final
+class VerifyPairsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: builtins.int
+    @property
+    def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PairResult]: ...
+    def __init__(
+        self,
+        *,
+        results: collections.abc.Iterable[Global___PairResult] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["results", b"results"]) -> None: ...
+
+Global___VerifyPairsResponse: typing_extensions.TypeAlias = VerifyPairsResponse
+
+@typing.final
+class CalibratePairsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: builtins.int
+    PAIRS_FIELD_NUMBER: builtins.int
+    SAME_FIELD_NUMBER: builtins.int
+    MAX_FALSE_ACCEPTS_FIELD_NUMBER: builtins.int
+    collection: builtins.str
+    max_false_accepts: builtins.float
+    """The threshold keeps false accepts at or below this rate; absent: it is the most accurate one."""
+    @property
+    def pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Pair]: ...
+    @property
+    def same(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
+        """one for each pair"""
+
+    def __init__(
+        self,
+        *,
+        collection: builtins.str = ...,
+        pairs: collections.abc.Iterable[Global___Pair] | None = ...,
+        same: collections.abc.Iterable[builtins.bool] | None = ...,
+        max_false_accepts: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_false_accepts", b"_max_false_accepts", "max_false_accepts", b"max_false_accepts"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_false_accepts", b"_max_false_accepts", "collection", b"collection", "max_false_accepts", b"max_false_accepts", "pairs", b"pairs", "same", b"same"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_false_accepts", b"_max_false_accepts"]) -> typing.Literal["max_false_accepts"] | None: ...
+
+Global___CalibratePairsRequest: typing_extensions.TypeAlias = CalibratePairsRequest
+
+@typing.final
+class AcceptRate(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FALSE_ACCEPTS_FIELD_NUMBER: builtins.int
+    TRUE_ACCEPTS_FIELD_NUMBER: builtins.int
+    THRESHOLD_FIELD_NUMBER: builtins.int
+    false_accepts: builtins.float
+    """asked for"""
+    true_accepts: builtins.float
+    """same pairs accepted at it"""
+    threshold: builtins.float
+    def __init__(
+        self,
+        *,
+        false_accepts: builtins.float = ...,
+        true_accepts: builtins.float = ...,
+        threshold: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["false_accepts", b"false_accepts", "threshold", b"threshold", "true_accepts", b"true_accepts"]) -> None: ...
+
+Global___AcceptRate: typing_extensions.TypeAlias = AcceptRate
+
+@typing.final
+class CalibratePairsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    THRESHOLD_FIELD_NUMBER: builtins.int
+    ACCURACY_FIELD_NUMBER: builtins.int
+    RATES_FIELD_NUMBER: builtins.int
+    threshold: builtins.float
+    accuracy: builtins.float
+    """mean over up to 10 folds that had no part in choosing the threshold"""
+    @property
+    def rates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AcceptRate]:
+        """those false accept rates that so many pairs can show"""
+
+    def __init__(
+        self,
+        *,
+        threshold: builtins.float = ...,
+        accuracy: builtins.float = ...,
+        rates: collections.abc.Iterable[Global___AcceptRate] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accuracy", b"accuracy", "rates", b"rates", "threshold", b"threshold"]) -> None: ...
+
+Global___CalibratePairsResponse: typing_extensions.TypeAlias = CalibratePairsResponse
+
+@typing.final
+class VerifyCollectionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: builtins.int
+    collection: builtins.str
+    def __init__(
+        self,
+        *,
+        collection: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["collection", b"collection"]) -> None: ...
+
+Global___VerifyCollectionRequest: typing_extensions.TypeAlias = VerifyCollectionRequest
+
+@typing.final
+class VerifyCollectionResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STORED_FIELD_NUMBER: builtins.int
+    INDEXED_FIELD_NUMBER: builtins.int
+    PROBLEMS_FIELD_NUMBER: builtins.int
+    stored: builtins.int
+    indexed: builtins.int
+    @property
+    def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """none where all is well; at most 100"""
+
+    def __init__(
+        self,
+        *,
+        stored: builtins.int = ...,
+        indexed: builtins.int = ...,
+        problems: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["indexed", b"indexed", "problems", b"problems", "stored", b"stored"]) -> None: ...
+
+Global___VerifyCollectionResponse: typing_extensions.TypeAlias = VerifyCollectionResponse
+
+@typing.final
+class BackupRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """a new one, made of letters, digits, '_', '.' and '-'"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___BackupRequest: typing_extensions.TypeAlias = BackupRequest
+
+@typing.final
+class BackupResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    COLLECTIONS_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    """on the server"""
+    @property
+    def collections(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        collections: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["collections", b"collections", "path", b"path"]) -> None: ...
+
+Global___BackupResponse: typing_extensions.TypeAlias = BackupResponse
+
+@typing.final
+class RestoreRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BACKUP_FIELD_NUMBER: builtins.int
+    COLLECTION_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    backup: builtins.str
+    collection: builtins.str
+    name: builtins.str
+    """empty: the collection's own"""
+    def __init__(
+        self,
+        *,
+        backup: builtins.str = ...,
+        collection: builtins.str = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backup", b"backup", "collection", b"collection", "name", b"name"]) -> None: ...
+
+Global___RestoreRequest: typing_extensions.TypeAlias = RestoreRequest
 
 @typing.final
 class Filter(google.protobuf.message.Message):

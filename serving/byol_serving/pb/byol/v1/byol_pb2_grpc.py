@@ -45,6 +45,11 @@ class EmbedderStub(object):
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.ExtractFeatures = channel.unary_unary(
+                '/byol.v1.Embedder/ExtractFeatures',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesResponse.FromString,
+                _registered_method=True)
         self.GetEncoder = channel.unary_unary(
                 '/byol.v1.Embedder/GetEncoder',
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetEncoderRequest.SerializeToString,
@@ -71,8 +76,15 @@ class EmbedderServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExtractFeatures(self, request, context):
+        """Dense feature maps of named stages, for segmentation and detection heads: several in one call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetEncoder(self, request, context):
-        """What is loaded: identity, input size, dimension.
+        """What is loaded: identity, input size, dimension, stages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +102,11 @@ def add_EmbedderServicer_to_server(servicer, server):
                     servicer.EmbedStream,
                     request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedRequest.FromString,
                     response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.EmbedResponse.SerializeToString,
+            ),
+            'ExtractFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtractFeatures,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesResponse.SerializeToString,
             ),
             'GetEncoder': grpc.unary_unary_rpc_method_handler(
                     servicer.GetEncoder,
@@ -163,6 +180,33 @@ class Embedder(object):
             _registered_method=True)
 
     @staticmethod
+    def ExtractFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Embedder/ExtractFeatures',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ExtractFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetEncoder(request,
             target,
             options=(),
@@ -211,6 +255,11 @@ class CollectionsStub(object):
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionRequest.SerializeToString,
                 response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.Collection.FromString,
                 _registered_method=True)
+        self.GetCollectionStats = channel.unary_unary(
+                '/byol.v1.Collections/GetCollectionStats',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionStatsRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CollectionStats.FromString,
+                _registered_method=True)
         self.ListCollections = channel.unary_unary(
                 '/byol.v1.Collections/ListCollections',
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ListCollectionsRequest.SerializeToString,
@@ -246,10 +295,60 @@ class CollectionsStub(object):
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetRequest.SerializeToString,
                 response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetResponse.FromString,
                 _registered_method=True)
+        self.ListItems = channel.unary_unary(
+                '/byol.v1.Collections/ListItems',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ListItemsRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ListItemsResponse.FromString,
+                _registered_method=True)
         self.Search = channel.unary_unary(
                 '/byol.v1.Collections/Search',
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchRequest.SerializeToString,
                 response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchResponse.FromString,
+                _registered_method=True)
+        self.SearchStream = channel.stream_stream(
+                '/byol.v1.Collections/SearchStream',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchResponse.FromString,
+                _registered_method=True)
+        self.FindDuplicates = channel.unary_unary(
+                '/byol.v1.Collections/FindDuplicates',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindDuplicatesRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindDuplicatesResponse.FromString,
+                _registered_method=True)
+        self.FindOutliers = channel.unary_unary(
+                '/byol.v1.Collections/FindOutliers',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindOutliersRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindOutliersResponse.FromString,
+                _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/byol.v1.Collections/Classify',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.VerifyPairs = channel.unary_unary(
+                '/byol.v1.Collections/VerifyPairs',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyPairsRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyPairsResponse.FromString,
+                _registered_method=True)
+        self.CalibratePairs = channel.unary_unary(
+                '/byol.v1.Collections/CalibratePairs',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CalibratePairsRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CalibratePairsResponse.FromString,
+                _registered_method=True)
+        self.VerifyCollection = channel.unary_unary(
+                '/byol.v1.Collections/VerifyCollection',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyCollectionRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyCollectionResponse.FromString,
+                _registered_method=True)
+        self.Backup = channel.unary_unary(
+                '/byol.v1.Collections/Backup',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.BackupRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.BackupResponse.FromString,
+                _registered_method=True)
+        self.Restore = channel.unary_unary(
+                '/byol.v1.Collections/Restore',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.RestoreRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.Collection.FromString,
                 _registered_method=True)
 
 
@@ -266,6 +365,13 @@ class CollectionsServicer(object):
 
     def GetCollection(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCollectionStats(self, request, context):
+        """How its index stands. FAILED_PRECONDITION where the backend does not tell.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -315,8 +421,78 @@ class CollectionsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListItems(self, request, context):
+        """Items page by page, in the order they were stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Search(self, request, context):
         """The k nearest by cosine similarity, for one query or many.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchStream(self, request_iterator, context):
+        """Many searches over one call, answered in the order of the requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindDuplicates(self, request, context):
+        """Groups of items that are nearly the same: the union of all pairs at or above a similarity.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindOutliers(self, request, context):
+        """The items whose k nearest are farthest away on average.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Labels by the votes of the k nearest items that have one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyPairs(self, request, context):
+        """Whether two images show the same thing: by a threshold ...
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CalibratePairs(self, request, context):
+        """... that is found from pairs known to be the same or not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyCollection(self, request, context):
+        """Compares the index with the store, and stored bytes with their checksums.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Backup(self, request, context):
+        """Copies all collections into the server's folder of backups, each as of one moment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restore(self, request, context):
+        """Brings back one collection of a backup, under its own name or another that is free.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -334,6 +510,11 @@ def add_CollectionsServicer_to_server(servicer, server):
                     servicer.GetCollection,
                     request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionRequest.FromString,
                     response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.Collection.SerializeToString,
+            ),
+            'GetCollectionStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCollectionStats,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionStatsRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CollectionStats.SerializeToString,
             ),
             'ListCollections': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCollections,
@@ -370,10 +551,60 @@ def add_CollectionsServicer_to_server(servicer, server):
                     request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetRequest.FromString,
                     response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetResponse.SerializeToString,
             ),
+            'ListItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListItems,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ListItemsRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ListItemsResponse.SerializeToString,
+            ),
             'Search': grpc.unary_unary_rpc_method_handler(
                     servicer.Search,
                     request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchRequest.FromString,
                     response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchResponse.SerializeToString,
+            ),
+            'SearchStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.SearchStream,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchResponse.SerializeToString,
+            ),
+            'FindDuplicates': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindDuplicates,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindDuplicatesRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindDuplicatesResponse.SerializeToString,
+            ),
+            'FindOutliers': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindOutliers,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindOutliersRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindOutliersResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ClassifyRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'VerifyPairs': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyPairs,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyPairsRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyPairsResponse.SerializeToString,
+            ),
+            'CalibratePairs': grpc.unary_unary_rpc_method_handler(
+                    servicer.CalibratePairs,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CalibratePairsRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CalibratePairsResponse.SerializeToString,
+            ),
+            'VerifyCollection': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyCollection,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyCollectionRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyCollectionResponse.SerializeToString,
+            ),
+            'Backup': grpc.unary_unary_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.BackupRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.BackupResponse.SerializeToString,
+            ),
+            'Restore': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restore,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.RestoreRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.Collection.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -432,6 +663,33 @@ class Collections(object):
             '/byol.v1.Collections/GetCollection',
             byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionRequest.SerializeToString,
             byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.Collection.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCollectionStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/GetCollectionStats',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionStatsRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CollectionStats.FromString,
             options,
             channel_credentials,
             insecure,
@@ -632,6 +890,33 @@ class Collections(object):
             _registered_method=True)
 
     @staticmethod
+    def ListItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/ListItems',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ListItemsRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ListItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Search(request,
             target,
             options=(),
@@ -648,6 +933,249 @@ class Collections(object):
             '/byol.v1.Collections/Search',
             byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchRequest.SerializeToString,
             byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/byol.v1.Collections/SearchStream',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.SearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindDuplicates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/FindDuplicates',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindDuplicatesRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindDuplicatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindOutliers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/FindOutliers',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindOutliersRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.FindOutliersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/Classify',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ClassifyRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyPairs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/VerifyPairs',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyPairsRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyPairsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CalibratePairs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/CalibratePairs',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CalibratePairsRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CalibratePairsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyCollection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/VerifyCollection',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyCollectionRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.VerifyCollectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/Backup',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.BackupRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.BackupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/Restore',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.RestoreRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.Collection.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,22 @@ _EmbedderEmbedStreamType = typing_extensions.TypeVar(
     ],
 )
 
+_EmbedderExtractFeaturesType = typing_extensions.TypeVar(
+    '_EmbedderExtractFeaturesType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
+    ],
+)
+
 _EmbedderGetEncoderType = typing_extensions.TypeVar(
     '_EmbedderGetEncoderType',
     grpc.UnaryUnaryMultiCallable[
@@ -77,7 +93,7 @@ _EmbedderGetEncoderType = typing_extensions.TypeVar(
     ],
 )
 
-class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, _EmbedderGetEncoderType]):
+class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, _EmbedderExtractFeaturesType, _EmbedderGetEncoderType]):
     """Embeds images with the encoder that the server has loaded."""
 
     @typing.overload
@@ -89,6 +105,10 @@ class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, 
         grpc.StreamStreamMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.EmbedRequest,
             byol_serving.pb.byol.v1.byol_pb2.EmbedResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+            byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.GetEncoderRequest,
@@ -107,6 +127,10 @@ class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, 
             byol_serving.pb.byol.v1.byol_pb2.EmbedResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+            byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.GetEncoderRequest,
             byol_serving.pb.byol.v1.byol_pb2.Encoder,
         ],
@@ -120,8 +144,11 @@ class EmbedderStub(typing.Generic[_EmbedderEmbedType, _EmbedderEmbedStreamType, 
     holds the sender back when the server is busy. A bad batch ends the stream with its error.
     """
 
+    ExtractFeatures: _EmbedderExtractFeaturesType
+    """Dense feature maps of named stages, for segmentation and detection heads: several in one call."""
+
     GetEncoder: _EmbedderGetEncoderType
-    """What is loaded: identity, input size, dimension."""
+    """What is loaded: identity, input size, dimension, stages."""
 
 EmbedderAsyncStub: typing_extensions.TypeAlias = EmbedderStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -131,6 +158,10 @@ EmbedderAsyncStub: typing_extensions.TypeAlias = EmbedderStub[
     grpc.aio.StreamStreamMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.EmbedRequest,
         byol_serving.pb.byol.v1.byol_pb2.EmbedResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.GetEncoderRequest,
@@ -160,12 +191,20 @@ class EmbedderServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
+    def ExtractFeatures(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.ExtractFeaturesResponse]]:
+        """Dense feature maps of named stages, for segmentation and detection heads: several in one call."""
+
+    @abc.abstractmethod
     def GetEncoder(
         self,
         request: byol_serving.pb.byol.v1.byol_pb2.GetEncoderRequest,
         context: _ServicerContext,
     ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.Encoder, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.Encoder]]:
-        """What is loaded: identity, input size, dimension."""
+        """What is loaded: identity, input size, dimension, stages."""
 
 def add_EmbedderServicer_to_server(servicer: EmbedderServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
 
@@ -198,6 +237,22 @@ _CollectionsGetCollectionType = typing_extensions.TypeVar(
     default=grpc.UnaryUnaryMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.GetCollectionRequest,
         byol_serving.pb.byol.v1.byol_pb2.Collection,
+    ],
+)
+
+_CollectionsGetCollectionStatsType = typing_extensions.TypeVar(
+    '_CollectionsGetCollectionStatsType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
     ],
 )
 
@@ -313,6 +368,22 @@ _CollectionsGetType = typing_extensions.TypeVar(
     ],
 )
 
+_CollectionsListItemsType = typing_extensions.TypeVar(
+    '_CollectionsListItemsType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ListItemsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ListItemsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ListItemsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ListItemsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ListItemsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ListItemsResponse,
+    ],
+)
+
 _CollectionsSearchType = typing_extensions.TypeVar(
     '_CollectionsSearchType',
     grpc.UnaryUnaryMultiCallable[
@@ -329,7 +400,151 @@ _CollectionsSearchType = typing_extensions.TypeVar(
     ],
 )
 
-class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _CollectionsGetCollectionType, _CollectionsListCollectionsType, _CollectionsDropCollectionType, _CollectionsUpsertType, _CollectionsUpsertStreamType, _CollectionsSetMetadataType, _CollectionsDeleteType, _CollectionsGetType, _CollectionsSearchType]):
+_CollectionsSearchStreamType = typing_extensions.TypeVar(
+    '_CollectionsSearchStreamType',
+    grpc.StreamStreamMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
+        byol_serving.pb.byol.v1.byol_pb2.SearchResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
+        byol_serving.pb.byol.v1.byol_pb2.SearchResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
+        byol_serving.pb.byol.v1.byol_pb2.SearchResponse,
+    ],
+)
+
+_CollectionsFindDuplicatesType = typing_extensions.TypeVar(
+    '_CollectionsFindDuplicatesType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesResponse,
+    ],
+)
+
+_CollectionsFindOutliersType = typing_extensions.TypeVar(
+    '_CollectionsFindOutliersType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.FindOutliersRequest,
+        byol_serving.pb.byol.v1.byol_pb2.FindOutliersResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.FindOutliersRequest,
+        byol_serving.pb.byol.v1.byol_pb2.FindOutliersResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.FindOutliersRequest,
+        byol_serving.pb.byol.v1.byol_pb2.FindOutliersResponse,
+    ],
+)
+
+_CollectionsClassifyType = typing_extensions.TypeVar(
+    '_CollectionsClassifyType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ClassifyRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ClassifyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ClassifyRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ClassifyResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ClassifyRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ClassifyResponse,
+    ],
+)
+
+_CollectionsVerifyPairsType = typing_extensions.TypeVar(
+    '_CollectionsVerifyPairsType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.VerifyPairsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.VerifyPairsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.VerifyPairsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.VerifyPairsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.VerifyPairsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.VerifyPairsResponse,
+    ],
+)
+
+_CollectionsCalibratePairsType = typing_extensions.TypeVar(
+    '_CollectionsCalibratePairsType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.CalibratePairsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CalibratePairsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.CalibratePairsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CalibratePairsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.CalibratePairsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CalibratePairsResponse,
+    ],
+)
+
+_CollectionsVerifyCollectionType = typing_extensions.TypeVar(
+    '_CollectionsVerifyCollectionType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionRequest,
+        byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionRequest,
+        byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionRequest,
+        byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionResponse,
+    ],
+)
+
+_CollectionsBackupType = typing_extensions.TypeVar(
+    '_CollectionsBackupType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.BackupRequest,
+        byol_serving.pb.byol.v1.byol_pb2.BackupResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.BackupRequest,
+        byol_serving.pb.byol.v1.byol_pb2.BackupResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.BackupRequest,
+        byol_serving.pb.byol.v1.byol_pb2.BackupResponse,
+    ],
+)
+
+_CollectionsRestoreType = typing_extensions.TypeVar(
+    '_CollectionsRestoreType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.RestoreRequest,
+        byol_serving.pb.byol.v1.byol_pb2.Collection,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.RestoreRequest,
+        byol_serving.pb.byol.v1.byol_pb2.Collection,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.RestoreRequest,
+        byol_serving.pb.byol.v1.byol_pb2.Collection,
+    ],
+)
+
+class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _CollectionsGetCollectionType, _CollectionsGetCollectionStatsType, _CollectionsListCollectionsType, _CollectionsDropCollectionType, _CollectionsUpsertType, _CollectionsUpsertStreamType, _CollectionsSetMetadataType, _CollectionsDeleteType, _CollectionsGetType, _CollectionsListItemsType, _CollectionsSearchType, _CollectionsSearchStreamType, _CollectionsFindDuplicatesType, _CollectionsFindOutliersType, _CollectionsClassifyType, _CollectionsVerifyPairsType, _CollectionsCalibratePairsType, _CollectionsVerifyCollectionType, _CollectionsBackupType, _CollectionsRestoreType]):
     """Durable collections of vectors with metadata. A write is acknowledged only after it is on disk, and
     is seen by the next search.
     """
@@ -343,6 +558,10 @@ class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _Collecti
         grpc.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.GetCollectionRequest,
             byol_serving.pb.byol.v1.byol_pb2.Collection,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
         ],
         grpc.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.ListCollectionsRequest,
@@ -373,8 +592,48 @@ class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _Collecti
             byol_serving.pb.byol.v1.byol_pb2.GetResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.ListItemsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.ListItemsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
             byol_serving.pb.byol.v1.byol_pb2.SearchResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
+            byol_serving.pb.byol.v1.byol_pb2.SearchResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesRequest,
+            byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.FindOutliersRequest,
+            byol_serving.pb.byol.v1.byol_pb2.FindOutliersResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.ClassifyRequest,
+            byol_serving.pb.byol.v1.byol_pb2.ClassifyResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.VerifyPairsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.VerifyPairsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.CalibratePairsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.CalibratePairsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionRequest,
+            byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.BackupRequest,
+            byol_serving.pb.byol.v1.byol_pb2.BackupResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.RestoreRequest,
+            byol_serving.pb.byol.v1.byol_pb2.Collection,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -387,6 +646,10 @@ class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _Collecti
         grpc.aio.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.GetCollectionRequest,
             byol_serving.pb.byol.v1.byol_pb2.Collection,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.ListCollectionsRequest,
@@ -417,14 +680,57 @@ class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _Collecti
             byol_serving.pb.byol.v1.byol_pb2.GetResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.ListItemsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.ListItemsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
             byol_serving.pb.byol.v1.byol_pb2.SearchResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
+            byol_serving.pb.byol.v1.byol_pb2.SearchResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesRequest,
+            byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.FindOutliersRequest,
+            byol_serving.pb.byol.v1.byol_pb2.FindOutliersResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.ClassifyRequest,
+            byol_serving.pb.byol.v1.byol_pb2.ClassifyResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.VerifyPairsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.VerifyPairsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.CalibratePairsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.CalibratePairsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionRequest,
+            byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.BackupRequest,
+            byol_serving.pb.byol.v1.byol_pb2.BackupResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.RestoreRequest,
+            byol_serving.pb.byol.v1.byol_pb2.Collection,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateCollection: _CollectionsCreateCollectionType
 
     GetCollection: _CollectionsGetCollectionType
+
+    GetCollectionStats: _CollectionsGetCollectionStatsType
+    """How its index stands. FAILED_PRECONDITION where the backend does not tell."""
 
     ListCollections: _CollectionsListCollectionsType
 
@@ -443,8 +749,38 @@ class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _Collecti
 
     Get: _CollectionsGetType
 
+    ListItems: _CollectionsListItemsType
+    """Items page by page, in the order they were stored."""
+
     Search: _CollectionsSearchType
     """The k nearest by cosine similarity, for one query or many."""
+
+    SearchStream: _CollectionsSearchStreamType
+    """Many searches over one call, answered in the order of the requests."""
+
+    FindDuplicates: _CollectionsFindDuplicatesType
+    """Groups of items that are nearly the same: the union of all pairs at or above a similarity."""
+
+    FindOutliers: _CollectionsFindOutliersType
+    """The items whose k nearest are farthest away on average."""
+
+    Classify: _CollectionsClassifyType
+    """Labels by the votes of the k nearest items that have one."""
+
+    VerifyPairs: _CollectionsVerifyPairsType
+    """Whether two images show the same thing: by a threshold ..."""
+
+    CalibratePairs: _CollectionsCalibratePairsType
+    """... that is found from pairs known to be the same or not."""
+
+    VerifyCollection: _CollectionsVerifyCollectionType
+    """Compares the index with the store, and stored bytes with their checksums."""
+
+    Backup: _CollectionsBackupType
+    """Copies all collections into the server's folder of backups, each as of one moment."""
+
+    Restore: _CollectionsRestoreType
+    """Brings back one collection of a backup, under its own name or another that is free."""
 
 CollectionsAsyncStub: typing_extensions.TypeAlias = CollectionsStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -454,6 +790,10 @@ CollectionsAsyncStub: typing_extensions.TypeAlias = CollectionsStub[
     grpc.aio.UnaryUnaryMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.GetCollectionRequest,
         byol_serving.pb.byol.v1.byol_pb2.Collection,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.ListCollectionsRequest,
@@ -484,8 +824,48 @@ CollectionsAsyncStub: typing_extensions.TypeAlias = CollectionsStub[
         byol_serving.pb.byol.v1.byol_pb2.GetResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ListItemsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ListItemsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
         byol_serving.pb.byol.v1.byol_pb2.SearchResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
+        byol_serving.pb.byol.v1.byol_pb2.SearchResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesRequest,
+        byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.FindOutliersRequest,
+        byol_serving.pb.byol.v1.byol_pb2.FindOutliersResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.ClassifyRequest,
+        byol_serving.pb.byol.v1.byol_pb2.ClassifyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.VerifyPairsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.VerifyPairsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.CalibratePairsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CalibratePairsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionRequest,
+        byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.BackupRequest,
+        byol_serving.pb.byol.v1.byol_pb2.BackupResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.RestoreRequest,
+        byol_serving.pb.byol.v1.byol_pb2.Collection,
     ],
 ]
 
@@ -507,6 +887,14 @@ class CollectionsServicer(metaclass=abc.ABCMeta):
         request: byol_serving.pb.byol.v1.byol_pb2.GetCollectionRequest,
         context: _ServicerContext,
     ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.Collection, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.Collection]]: ...
+
+    @abc.abstractmethod
+    def GetCollectionStats(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.CollectionStats, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.CollectionStats]]:
+        """How its index stands. FAILED_PRECONDITION where the backend does not tell."""
 
     @abc.abstractmethod
     def ListCollections(
@@ -561,11 +949,91 @@ class CollectionsServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.GetResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.GetResponse]]: ...
 
     @abc.abstractmethod
+    def ListItems(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.ListItemsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.ListItemsResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.ListItemsResponse]]:
+        """Items page by page, in the order they were stored."""
+
+    @abc.abstractmethod
     def Search(
         self,
         request: byol_serving.pb.byol.v1.byol_pb2.SearchRequest,
         context: _ServicerContext,
     ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.SearchResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.SearchResponse]]:
         """The k nearest by cosine similarity, for one query or many."""
+
+    @abc.abstractmethod
+    def SearchStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[byol_serving.pb.byol.v1.byol_pb2.SearchRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[byol_serving.pb.byol.v1.byol_pb2.SearchResponse], collections.abc.AsyncIterator[byol_serving.pb.byol.v1.byol_pb2.SearchResponse]]:
+        """Many searches over one call, answered in the order of the requests."""
+
+    @abc.abstractmethod
+    def FindDuplicates(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.FindDuplicatesResponse]]:
+        """Groups of items that are nearly the same: the union of all pairs at or above a similarity."""
+
+    @abc.abstractmethod
+    def FindOutliers(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.FindOutliersRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.FindOutliersResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.FindOutliersResponse]]:
+        """The items whose k nearest are farthest away on average."""
+
+    @abc.abstractmethod
+    def Classify(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.ClassifyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.ClassifyResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.ClassifyResponse]]:
+        """Labels by the votes of the k nearest items that have one."""
+
+    @abc.abstractmethod
+    def VerifyPairs(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.VerifyPairsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.VerifyPairsResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.VerifyPairsResponse]]:
+        """Whether two images show the same thing: by a threshold ..."""
+
+    @abc.abstractmethod
+    def CalibratePairs(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.CalibratePairsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.CalibratePairsResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.CalibratePairsResponse]]:
+        """... that is found from pairs known to be the same or not."""
+
+    @abc.abstractmethod
+    def VerifyCollection(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.VerifyCollectionResponse]]:
+        """Compares the index with the store, and stored bytes with their checksums."""
+
+    @abc.abstractmethod
+    def Backup(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.BackupRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.BackupResponse, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.BackupResponse]]:
+        """Copies all collections into the server's folder of backups, each as of one moment."""
+
+    @abc.abstractmethod
+    def Restore(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.RestoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.Collection, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.Collection]]:
+        """Brings back one collection of a backup, under its own name or another that is free."""
 
 def add_CollectionsServicer_to_server(servicer: CollectionsServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

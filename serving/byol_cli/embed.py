@@ -1,0 +1,74 @@
+"""`byol embed`: from a folder, archive or bucket to files of vectors."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from byol_cli.offline import (
+    encoder_options,
+    finish,
+    load_encoders,
+    offline_bar,
+    plan_options,
+    quiet_option,
+)
+from byol_cli.output import json_option
+
+if TYPE_CHECKING:
+    from byol_serving.encoder import Device
+
+
+@click.command()
+@click.argument("source")
+@encoder_options
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder to write to; running again with the same one goes on.",
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["parquet", "npy"]),
+    default="parquet",
+    show_default=True,
+    help="Parquet shards, or .npy with .jsonl beside them.",
+)
+@plan_options
+@quiet_option
+@json_option
+def command(
+    source: str,
+    bundle_path: Path,
+    device: "Device",
+    threads: int,
+    out: Path,
+    kind: Literal["parquet", "npy"],
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Embed SOURCE into files: a folder, tars, Parquet files, a list of paths, or a URL.
+
+    Stop it at any point and start it again: finished shards are kept. Exit code 3 says that some
+    files were rejected; OUT/_byol/rejected.jsonl says which and why.
+
+    \b
+    Example:  byol embed photos --bundle bundles/photos --out vectors
+              byol embed s3://bucket/photos --bundle bundles/photos --out vectors --sync
+    """
+    from byol_serving.bundle import load_bundle
+    from byol_serving.indexing.pipeline import run
+    from byol_serving.indexing.plan import EmbedPlan
+    from byol_serving.indexing.sinks import NpySink, ParquetSink
+
+    plan = EmbedPlan(source=source, out=out, **settings)
+    bundle = load_bundle(bundle_path)
+    info = bundle.info
+    sink = ParquetSink(info.dim, info.encoder_id) if kind == "parquet" else NpySink(info.dim)
+    encoders = load_encoders(bundle, device, threads)
+    with offline_bar(quiet or as_json) as on_progress:
+        summary = run(plan, encoders, sink, on_progress=on_progress)
+    finish(summary, as_json)

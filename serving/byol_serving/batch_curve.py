@@ -1,0 +1,56 @@
+"""How the time of a batch grows with its size, and from which size on more does not pay."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+ENOUGH = 0.95
+"""Part of the best throughput that a batch must reach: a larger one only adds latency."""
+_BUDGET_S = 1.0
+_RUNS = 3
+"""The fastest counts: whatever else the machine does only makes a run slower."""
+
+
+@dataclass(frozen=True)
+class BatchCurve:
+    """Seconds that one batch takes, by its size; sizes ascend."""
+
+    seconds: dict[int, float]
+
+    @property
+    def best(self) -> int:
+        """The smallest batch whose throughput is within `ENOUGH` of the best one's."""
+        rates = {size: size / max(took, 1e-9) for size, took in self.seconds.items()}
+        return next(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
+
+
+def sizes_up_to(limit: int) -> list[int]:
+    """1, 2, 4, ... below `limit`, and `limit` itself."""
+    return [*(2**power for power in range(math.ceil(math.log2(limit)))), limit]
+
+
+def measure_curve(run: Callable[[int], object], max_batch: int) -> BatchCurve:
+    """Runs batches of growing size for about a second.
+
+    A size is left out, with all larger ones, once the time is spent: an encoder so slow has shown
+    its curve by then. The first run of each size does not count, since it allocates.
+
+    Args:
+        run: embeds a batch of so many images; blocks.
+        max_batch: the largest size to consider.
+    """
+    seconds: dict[int, float] = {}
+    ends = time.perf_counter() + _BUDGET_S
+    for size in sizes_up_to(max_batch):
+        run(size)
+        seconds[size] = min(_timed(run, size) for _ in range(_RUNS))
+        if time.perf_counter() > ends:
+            break
+    return BatchCurve(seconds)
+
+
+def _timed(run: Callable[[int], object], size: int) -> float:
+    began = time.perf_counter()
+    run(size)
+    return time.perf_counter() - began

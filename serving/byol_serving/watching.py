@@ -1,0 +1,84 @@
+"""What watches a server, put together from its settings: metrics, traces, the slow log."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from byol_serving.config import ServeConfig
+from byol_serving.errors import InvalidConfig
+from byol_serving.logs import SlowLog
+from byol_serving.metrics import Metrics
+from byol_serving.monitoring import Monitoring
+from byol_serving.rpc.calls import Calls, Finished
+from byol_serving.rpc.models import Models
+from byol_serving.timing import BatchRun
+
+
+class Watching:
+    """A context manager: what it started ends with the block."""
+
+    def __init__(self, config: ServeConfig, models: Models) -> None:
+        """Watches what the settings ask for.
+
+        Raises:
+            InvalidConfig: tracing is asked for and OpenTelemetry is not installed.
+        """
+        self.calls: list[Callable[[Finished], None]] = []
+        """Told of each call that has ended."""
+        self._in_flight: Callable[[], int] = lambda: 0
+        self._ready: Callable[[], bool] = lambda: False
+        self._closing: list[Callable[[], None]] = []
+        self._metrics: Metrics | None = None
+        self.port: int | None = None
+        """Of the HTTP server, once it listens."""
+        if config.metrics_port is not None:
+            self._metrics = Metrics(models, lambda: self._in_flight())
+            self.calls.append(self._metrics.call_ended)
+        if config.slow_seconds:
+            self.calls.append(SlowLog(config.slow_seconds).call_ended)
+        if config.otel_endpoint:
+            self._trace(config.otel_endpoint)
+
+    def batches(self, model: str) -> Callable[[str, BatchRun], None] | None:
+        """What the pipeline of a model tells its batches to; None: nobody asks."""
+        return None if self._metrics is None else self._metrics.watch(model)
+
+    def follow(self, calls: Calls) -> None:
+        """Says where to ask whether the server is ready, and how much it does."""
+        self._in_flight = lambda: calls.in_flight
+        self._ready = lambda: not calls.draining
+
+    def listen(self, config: ServeConfig) -> None:
+        """Starts the HTTP server, where there is one; raises as `Monitoring`."""
+        if self._metrics is None or config.metrics_port is None:
+            return
+        monitoring = Monitoring(
+            config.host, config.metrics_port, render=self._metrics.render, ready=self._ready
+        )
+        self.port = monitoring.port
+        self._closing.append(monitoring.close)
+
+    def __enter__(self) -> Self:
+        """The watcher itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends what was started."""
+        for close in reversed(self._closing):
+            close()
+
+    def _trace(self, endpoint: str) -> None:
+        try:
+            from byol_serving.tracing import Spans, otlp_provider
+        except ModuleNotFoundError as error:
+            raise InvalidConfig(
+                f"tracing needs {error.name}; run: pip install 'byol-server[otel]'"
+            ) from error
+        spans = Spans(otlp_provider(endpoint))
+        self.calls.append(spans.call_ended)
+        self._closing.append(spans.close)
