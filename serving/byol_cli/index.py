@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from byol_cli.index_kinds import index_option
 from byol_cli.offline import (
     encoder_options,
     finish,
@@ -19,6 +18,7 @@ from byol_cli.offline import (
     plan_options,
     quiet_option,
 )
+from byol_cli.options import index_option
 from byol_cli.output import json_option
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--server", default="127.0.0.1:50051", show_default=True, help="Or the server that has it."
 )
-@index_option(default="flat")
+@index_option("flat")
 @click.option(
     "--journal",
     type=click.Path(path_type=Path, file_okay=False),

@@ -46,6 +46,7 @@ from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
     IndexKind,
+    IndexStats,
     Item,
     Metadata,
     UpsertCounts,
@@ -67,6 +68,7 @@ __all__ = [
     "Hit",
     "HitGroup",
     "ImageLike",
+    "IndexStats",
     "Item",
     "ItemId",
     "Retry",
@@ -251,6 +253,10 @@ class Client:
     def collection(self, name: str) -> CollectionInfo:
         """A collection's facts."""
         return self._send(calls.collection(name))
+
+    def stats(self, collection: str) -> IndexStats:
+        """How its index stands: what answers, its measured recall, what waits, its memory."""
+        return self._send(calls.stats(collection))
 
     def collections(self) -> list[CollectionInfo]:
         """All collections."""

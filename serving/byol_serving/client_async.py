@@ -32,6 +32,7 @@ from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
     IndexKind,
+    IndexStats,
     Item,
     Metadata,
     UpsertCounts,
@@ -200,6 +201,10 @@ class AsyncClient:
     async def collection(self, name: str) -> CollectionInfo:
         """A collection's facts."""
         return await self._send(calls.collection(name))
+
+    async def stats(self, collection: str) -> IndexStats:
+        """How its index stands: what answers, its measured recall, what waits, its memory."""
+        return await self._send(calls.stats(collection))
 
     async def collections(self) -> list[CollectionInfo]:
         """All collections."""

@@ -85,7 +85,7 @@ def test_an_error_is_one_line_and_json_if_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_index_kinds_offered_are_those_there_are() -> None:
-    from byol_cli.index_kinds import INDEX_KINDS
+    from byol_cli.options import INDEX_KINDS
 
     assert get_args(IndexKind) == INDEX_KINDS
 

@@ -29,7 +29,7 @@ from byol_serving.collections.milvus_collection import (
 )
 from byol_serving.collections.milvus_terms import MAX_TERMS, TERM_LENGTH, id_in
 from byol_serving.collections.types import CollectionInfo, IndexKind
-from byol_serving.errors import AlreadyExists, Unavailable, UnknownCollection
+from byol_serving.errors import AlreadyExists, InvalidRequest, Unavailable, UnknownCollection
 
 TOKEN_VARIABLE = "BYOL_MILVUS_TOKEN"
 _REGISTRY = "byol_collections"
@@ -38,6 +38,8 @@ _INDEXES: dict[IndexKind, tuple[str, dict[str, int]]] = {
     "flat": ("FLAT", {}),
     "hnsw": ("HNSW", {"M": 32, "efConstruction": 200}),
     "ivf": ("IVF_FLAT", {"nlist": 1024}),
+    "ivf-sq8": ("IVF_SQ8", {"nlist": 1024}),
+    "ivf-pq": ("IVF_PQ", {"nlist": 1024, "nbits": 8}),
     "auto": ("AUTOINDEX", {}),
 }
 
@@ -73,11 +75,15 @@ class MilvusStore:
         """Makes an empty collection. See `types.Store`."""
         self._check_open()
         checks.collection_name(name)
+        if checks.index_kind(index) not in _INDEXES:
+            cannot(f"{index} index", f"use {', '.join(_INDEXES)}")
+        if index == "ivf-pq" and dim % 4:
+            raise InvalidRequest(f"ivf-pq on milvus needs a dimension in fours, not {dim}")
         facts = Facts(
             name=name,
             dim=checks.dimension(dim),
             encoder_id=encoder_id,
-            index=checks.index_kind(index),
+            index=index,
             table=f"{_PREFIX}{uuid.uuid4().hex}",
         )
         with self._changing, explained(self._uri):
@@ -178,6 +184,8 @@ def _create(
             max_length=TERM_LENGTH,
         )
     name, params = _INDEXES[index]
+    if index == "ivf-pq":
+        params = {**params, "m": dim // 4}  # a byte for four dimensions, as in the local store
     indexes = client.prepare_index_params()
     indexes.add_index("vector", index_type=name, metric_type="IP", params=params)
     client.create_collection(table, schema=schema, index_params=indexes, consistency_level=STRONG)

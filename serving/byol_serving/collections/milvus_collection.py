@@ -38,6 +38,8 @@ _MAX_METADATA_BYTES = 65_536
 """Milvus's limit on a JSON field."""
 STRONG = "Strong"
 """The consistency with which a search sees every acknowledged write."""
+_EF, _NPROBE = 128, 32
+"""Effort of a search where none is asked for; Milvus has no tuning to a recall."""
 _NO_COLLECTION, _NO_SERVER = 100, 2
 
 
@@ -76,6 +78,10 @@ class MilvusCollection:
             index=self.facts.index,
             recall=1.0 if self.facts.index == "flat" else None,
         )
+
+    def stats(self) -> NoReturn:
+        """Not here: raises FailedPrecondition."""
+        cannot("stats", "Milvus tells how its indexes stand")
 
     def verify(self) -> NoReturn:
         """Not here: raises FailedPrecondition."""
@@ -167,9 +173,11 @@ class MilvusCollection:
         min_score: float | None = None,
         with_metadata: bool = True,
         with_vectors: bool = False,
+        effort: int | None = None,
     ) -> list[list[Hit]]:
         """The k nearest of each query (float32 [Q, dim]), best first. See `types.Collection`."""
         unit = checks.unit_vectors(queries, self.facts.dim)
+        checks.effort(effort)
         count = self.info.count
         checks.k_of(k, count)
         if k > MAX_K:
@@ -180,10 +188,10 @@ class MilvusCollection:
         fields = _fields(with_metadata, with_vectors)
         most = min(count, MAX_K)
         asked = min(k + 1, most)
-        found = self._search(unit, asked, test, fields)
+        found = self._search(unit, asked, test, fields, effort)
         while asked < most and any(_tied(hits, k, asked) for hits in found):
             asked = min(2 * asked, most)
-            found = self._search(unit, asked, test, fields)
+            found = self._search(unit, asked, test, fields, effort)
         best = [sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k] for hits in found]
         if min_score is None:
             return best
@@ -191,14 +199,16 @@ class MilvusCollection:
 
     # Inside
 
-    def _search(self, unit: Vectors, k: int, test: str, fields: Sequence[str]) -> list[list[Hit]]:
+    def _search(
+        self, unit: Vectors, k: int, test: str, fields: Sequence[str], effort: int | None
+    ) -> list[list[Hit]]:
         match self.facts.index:
             case "hnsw":
-                params = {"ef": max(64, 2 * k)}
-            case "ivf":
-                params = {"nprobe": 32}
-            case _:
+                params = {"ef": max(effort or _EF, k)}
+            case "flat" | "auto":
                 params = {}
+            case _:
+                params = {"nprobe": effort or _NPROBE}
         with explained(self._uri):
             answers = self._client.search(
                 self.facts.table,

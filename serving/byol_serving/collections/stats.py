@@ -1,34 +1,7 @@
 """How a collection's index stands, for people and dashboards."""
 
-from dataclasses import dataclass
-
 from byol_serving.collections.index import Index, View
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexStats:
-    """One moment of an index."""
-
-    kind: str
-    """What the collection was created with."""
-    answering: str
-    """What answers searches now."""
-    wanted: str
-    """What its size calls for: differs from `answering` while that is being built."""
-    count: int
-    deleted: int
-    """Positions of deleted items, not yet squeezed out."""
-    unabsorbed: int
-    """New items that are scanned beside the approximate index."""
-    effort: int | None
-    """Lists read (IVF) or width of the walk (HNSW) of a search; None for an exact index."""
-    recall: float
-    """Recall@10 on held-back queries when the index was built; 1 for an exact index."""
-    recall_target: float
-    vector_bytes: int
-    """Memory of the float32 vectors."""
-    index_bytes: int
-    """Memory of the approximate index."""
+from byol_serving.collections.types import IndexStats
 
 
 def stats_of(index: Index, view: View) -> IndexStats:
