@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from byol_cli import analysis, items
-from byol_cli.options import LONG_S, connected, server_option, store_option
+from byol_cli.options import LONG_S, connected, index_option, server_option, store_option
 from byol_cli.output import emit, json_option, table
+from byol_serving.errors import FailedPrecondition
 
 if TYPE_CHECKING:
     from byol_serving.collections.store import Store
@@ -57,13 +58,7 @@ def list_(server: str, store: Path | None, as_json: bool) -> None:
 @click.argument("name")
 @click.option("--dim", default=0, help="Dimension; default: the loaded encoder's.")
 @click.option("--encoder-id", default="", help="Default: the loaded encoder's.")
-@click.option(
-    "--index",
-    type=click.Choice(["flat", "hnsw", "ivf", "auto"]),
-    default="flat",
-    show_default=True,
-    help="Flat is exact; auto chooses by size.",
-)
+@index_option("flat")
 @server_option
 @json_option
 def create(
@@ -89,13 +84,16 @@ def create(
 @server_option
 @json_option
 def stats(name: str, server: str, as_json: bool) -> None:
-    """Show one collection's facts.
+    """Show one collection's facts, and how its index stands: measured recall, memory.
 
     \b
     Example:  byol collections stats photos --json
     """
     with connected(server) as client:
-        emit(asdict(client.collection(name)), as_json)
+        facts = asdict(client.collection(name))
+        with suppress(FailedPrecondition):  # a backend that does not tell
+            facts |= asdict(client.stats(name))
+    emit(facts, as_json)
 
 
 @command.command()

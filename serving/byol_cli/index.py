@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from byol_cli.offline import (
-    encoder_options,
-    finish,
-    load_encoders,
-    offline_bar,
-    plan_options,
-    quiet_option,
-)
+from byol_cli.offline import Engine, engine_options, finish, offline_bar, plan_options, quiet_option
+from byol_cli.options import index_option
 from byol_cli.output import json_option
 
 if TYPE_CHECKING:
@@ -27,13 +21,12 @@ if TYPE_CHECKING:
     from byol_serving.bundle import BundleInfo
     from byol_serving.client import Client
     from byol_serving.collections.types import CollectionInfo, IndexKind, Metadata
-    from byol_serving.encoder import Device
     from byol_serving.indexing.sinks import Target
 
 
 @click.command()
 @click.argument("source")
-@encoder_options
+@engine_options
 @click.option("--collection", "-c", required=True, help="Collection; made if it is not there.")
 @click.option(
     "--store",
@@ -43,14 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--server", default="127.0.0.1:50051", show_default=True, help="Or the server that has it."
 )
-@click.option(
-    "--index",
-    "kind",
-    type=click.Choice(["flat", "hnsw", "ivf", "auto"]),
-    default="flat",
-    show_default=True,
-    help="Of a collection that is made. Flat is exact; auto chooses by size.",
-)
+@index_option("flat")
 @click.option(
     "--journal",
     type=click.Path(path_type=Path, file_okay=False),
@@ -63,12 +49,11 @@ if TYPE_CHECKING:
 def command(
     source: str,
     bundle_path: Path,
-    device: "Device",
-    threads: int,
+    engine: Engine,
     collection: str,
     store: Path | None,
     server: str,
-    kind: "IndexKind",
+    index: "IndexKind",
     journal: Path | None,
     quiet: bool,
     as_json: bool,
@@ -84,7 +69,6 @@ def command(
               byol index photos --bundle bundles/photos --server 127.0.0.1:50051 -c photos --sync
     """
     from byol_serving.bundle import load_bundle
-    from byol_serving.indexing.pipeline import run
     from byol_serving.indexing.plan import EmbedPlan
     from byol_serving.indexing.sinks import CollectionSink
     from byol_serving.indexing.sources import open_source
@@ -92,21 +76,21 @@ def command(
     columns = {key: settings[key] for key in ("image_column", "id_column")}
     place = hashlib.sha256(open_source(source, **columns).location.encode()).hexdigest()[:16]
     bundle = load_bundle(bundle_path)
-    encoders = load_encoders(bundle, device, threads)
     opened = (
-        _in_store(store, collection, bundle.info, kind)
+        _in_store(store, collection, bundle.info, index)
         if store is not None
-        else _on_server(server, collection, bundle.info, kind)
+        else _on_server(server, collection, bundle.info, index)
     )
     with opened as (target, folder), offline_bar(quiet or as_json) as on_progress:
         plan = EmbedPlan(source=source, out=journal or folder / place, **settings)
-        summary = run(plan, encoders, CollectionSink(collection, target), on_progress=on_progress)
+        sink = CollectionSink(collection, target)
+        summary = engine.run(plan, bundle, sink, on_progress)
     finish(summary, as_json)
 
 
 @contextmanager
 def _in_store(
-    path: Path, name: str, encoder: "BundleInfo", kind: "IndexKind"
+    path: Path, name: str, encoder: "BundleInfo", index: "IndexKind"
 ) -> "Iterator[tuple[Target, Path]]":
     """The collection, and a folder in it for journals, so that they are dropped with it."""
     from byol_serving.collections.store import Store
@@ -116,14 +100,14 @@ def _in_store(
         try:
             found = store.get(name)
         except UnknownCollection:
-            found = store.create(name, dim=encoder.dim, encoder_id=encoder.encoder_id, index=kind)
+            found = store.create(name, dim=encoder.dim, encoder_id=encoder.encoder_id, index=index)
         _check(found.info, encoder)
         yield found, path / name / "indexing"
 
 
 @contextmanager
 def _on_server(
-    address: str, name: str, encoder: "BundleInfo", kind: "IndexKind"
+    address: str, name: str, encoder: "BundleInfo", index: "IndexKind"
 ) -> "Iterator[tuple[Target, Path]]":
     """The collection behind a server, and a folder of this user's for journals."""
     from byol_serving.client import Client
@@ -134,7 +118,7 @@ def _on_server(
             info = client.collection(name)
         except UnknownCollection:
             info = client.create_collection(
-                name, dim=encoder.dim, encoder_id=encoder.encoder_id, index=kind
+                name, dim=encoder.dim, encoder_id=encoder.encoder_id, index=index
             )
         _check(info, encoder)
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from byol_cli.options import LONG_S, connected, parsed, server_option, where_option
+from byol_cli.options import LONG_S, connected, index_option, parsed, server_option, where_option
 from byol_cli.output import emit, json_option, table
 from byol_serving.errors import UnknownCollection
 
@@ -124,13 +124,7 @@ def export(name: str, file: Path, where: Any, server: str, as_json: bool) -> Non
 @click.argument("name")
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.option("--encoder-id", default="", help="Where the files do not name the encoder.")
-@click.option(
-    "--index",
-    type=click.Choice(["flat", "hnsw", "ivf", "auto"]),
-    default="auto",
-    show_default=True,
-    help="Of the collection, if it has to be made.",
-)
+@index_option("auto")
 @server_option
 @json_option
 def import_(

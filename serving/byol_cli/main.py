@@ -23,6 +23,8 @@ COMMANDS = {
     "index": "Embed a folder or archive into a collection.",
     "search": "Find an image's nearest neighbours.",
     "collections": "Make, inspect, back up and analyse collections.",
+    "models": "List, load, switch and unload a server's encoders.",
+    "token": "Make an access token for a server.",
     "doctor": "Say what this machine offers and lacks.",
 }
 
@@ -90,6 +92,8 @@ def _missing(error: ModuleNotFoundError) -> str:
             extra = "cpu"
         case "pyarrow":
             extra = "parquet"
+        case "ray":
+            extra = "ray"
         case "pymilvus":
             extra = "milvus"
         case "skimage" | "sklearn":

@@ -1,13 +1,27 @@
 """Options that several commands share, and how their values are read."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from byol_serving.client import Client, ExampleLike
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+INDEX_KINDS = (
+    "flat",
+    "hnsw",
+    "hnsw-sq8",
+    "ivf",
+    "ivf-fp16",
+    "ivf-sq8",
+    "ivf-pq",
+    "ivf-rabitq",
+    "auto",
+)
 
 server_option = click.option(
     "--server", default="127.0.0.1:50051", show_default=True, help="A running server's address."
@@ -22,6 +36,19 @@ where_option = click.option(
     callback=lambda _ctx, _param, text: parsed(text),
     help='Filter on metadata as JSON, like \'{"label": "cat"}\'.',
 )
+
+
+def index_option(default: str) -> Callable[[Command], Command]:
+    """Adds `--index`."""
+    return click.option(
+        "--index",
+        type=click.Choice(INDEX_KINDS),
+        default=default,
+        show_default=True,
+        help="Flat is exact; auto chooses by size.",
+    )
+
+
 collection_option = click.option("--collection", "-c", required=True, help="Collection to use.")
 
 LONG_S = 24 * 3600.0

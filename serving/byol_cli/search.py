@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--mmr-lambda", type=float, help="Hits that differ: 1 is by similarity alone, 0 by difference."
 )
+@click.option("--effort", type=int, help="Of an approximate index, instead of the tuned one.")
 @server_option
 @json_option
 def command(

@@ -17,6 +17,7 @@ from byol_serving.client_batches import DTypeName, Embeddings
 from byol_serving.collections.types import (
     CollectionInfo,
     IndexKind,
+    IndexStats,
     Item,
     Metadata,
     Page,
@@ -31,7 +32,7 @@ from byol_serving.rpc.convert import (
     raw_array,
 )
 from byol_serving.rpc.filters import Where, parse_where, to_message
-from byol_serving.rpc.items import collection_info, item_value, verification_value
+from byol_serving.rpc.items import collection_info, item_value, stats_value, verification_value
 
 Out = TypeVar("Out")
 
@@ -335,6 +336,12 @@ def list_items(
         without_metadata=not with_metadata,
     )
     return Call(COLLECTIONS + "ListItems", request, pb.ListItemsResponse, parse)
+
+
+def stats(name: str) -> Call[IndexStats]:
+    """How its index stands."""
+    request = pb.GetCollectionStatsRequest(name=name)
+    return Call(COLLECTIONS + "GetCollectionStats", request, pb.CollectionStats, stats_value)
 
 
 def verify(name: str) -> Call[Verification]:

@@ -1,5 +1,6 @@
 """What both clients need of gRPC: channel options, credentials, and failures as our errors."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,22 @@ class ClientTls:
             None if path is None else path.read_bytes() for path in (self.ca, self.cert, self.key)
         )
         return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def environment_tls() -> ClientTls | None:
+    """BYOL_TLS_CA, BYOL_TLS_CERT and BYOL_TLS_KEY, as the command line's clients take them."""
+    files = {
+        key: Path(value)
+        for key in ("ca", "cert", "key")
+        if (value := os.environ.get(f"BYOL_TLS_{key.upper()}"))
+    }
+    return ClientTls(**files) if files else None
+
+
+def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
+    """Metadata that carries a token; None: that of BYOL_TOKEN, if it is set."""
+    token = os.environ.get("BYOL_TOKEN") if token is None else token
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def byol_error(failure: grpc.RpcError) -> ByolError:

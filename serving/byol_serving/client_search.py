@@ -49,6 +49,8 @@ class SearchOptions:
     """The nearest so many are its choice; 0: four for each hit, at least 64."""
     with_vectors: bool = False
     with_metadata: bool = True
+    effort: int | None = None
+    """Lists read (IVF) or width of the walk (HNSW) instead of what the index was tuned to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ def request_of(
     """A request with queries of any kind, and the rows of `vectors` after them."""
     if options.k < 1:
         raise InvalidRequest(f"k {options.k} is below 1; ask for at least one neighbour")
+    if options.effort is not None and options.effort < 1:
+        raise InvalidRequest(f"effort {options.effort} is below 1: leave it out for the tuned one")
     if options.offset < 0:
         raise InvalidRequest(f"offset {options.offset} is below 0; begin with the first page")
     return pb.SearchRequest(
@@ -83,6 +87,7 @@ def request_of(
         mmr_candidates=options.mmr_candidates,
         with_vectors=options.with_vectors,
         without_metadata=not options.with_metadata,
+        effort=options.effort or 0,
     )
 
 

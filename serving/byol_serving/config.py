@@ -1,5 +1,6 @@
 """Settings of the server: one frozen dataclass, checked once, before anything is loaded."""
 
+import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,10 @@ class ServeConfig:
 
     bundle: Path | None = None
     """Encoder bundle to load; without one the server answers only for vectors made elsewhere."""
+    models: Path | None = None
+    """Folder of more bundles, NAME/VERSION/: all are loaded, of each model the newest is in use."""
+    default_model: str = ""
+    """Model of requests that name none; empty: the bundle's, or the only one of the folder."""
     store: Path | str | None = None
     """Folder of the collections, or `milvus:` and an address (see `collections.opening`); without
     one the server only embeds."""
@@ -50,6 +55,10 @@ class ServeConfig:
     """Port to listen on; 0 lets the system choose."""
     tls: TlsConfig | None = None
     """Plain text if absent."""
+    tokens: Path | None = None
+    """File of access tokens (see `byol token`); without it who can connect may do anything."""
+    insecure: bool = False
+    """Serve without TLS or tokens on an address that is not loopback."""
     device: str = "auto"
     """Where the encoder runs: auto, cpu, cuda or tensorrt."""
     threads: int = 0
@@ -90,8 +99,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Checks every limit, naming the value, the limit and the remedy."""
-        if self.bundle is None and self.store is None:
-            raise InvalidConfig("neither bundle nor store: give --bundle, --store or both")
+        if self.bundle is None and self.models is None and self.store is None:
+            raise InvalidConfig("neither bundle nor store: give --bundle, --models or --store")
         for name, low, high in (
             ("port", 0, 65535),
             ("threads", 0, 1024),
@@ -111,7 +120,7 @@ class ServeConfig:
             if value is not None and not low <= value <= high:
                 raise InvalidConfig(f"{name} {value} is outside {low}..{high}")
         for name, choices in (
-            ("device", ("auto", "cpu", "cuda")),
+            ("device", ("auto", "cpu", "cuda", "tensorrt")),
             ("log_format", ("text", "json")),
             ("log_level", ("debug", "info", "warning", "error")),
         ):
@@ -119,3 +128,29 @@ class ServeConfig:
                 raise InvalidConfig(f"{name} {value!r} is none of {', '.join(choices)}")
         if not self.host:
             raise InvalidConfig("host is empty; give an address such as 127.0.0.1 or 0.0.0.0")
+        if self.open_by and not self.insecure:
+            raise InvalidConfig(
+                f"host {self.host} is not loopback and the server has {' and '.join(self.open_by)};"
+                " give --tls-cert, --tls-key and --tokens, or say --insecure"
+            )
+
+    @property
+    def open_by(self) -> tuple[str, ...]:
+        """What an address that is not loopback should have, and this configuration has not."""
+        if is_loopback(self.host):
+            return ()
+        known = self.tokens is not None or (self.tls is not None and self.tls.client_ca is not None)
+        return (
+            *(() if self.tls is not None else ("no TLS",)),
+            *(() if known else ("neither tokens nor client certificates",)),
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -3,12 +3,10 @@
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
 
 from byol_serving.rpc.calls import Finished
-
-Format = Literal["text", "json"]
 
 slow_log = logging.getLogger("byol.slow")
 
@@ -32,7 +30,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
-def configure(form: Format, level: str, *, calls: bool) -> None:
+def configure(form: str, level: str, *, calls: bool) -> None:
     """Sends the log to stderr.
 
     Args:
@@ -47,6 +45,18 @@ def configure(form: Format, level: str, *, calls: bool) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("byol.rpc").setLevel(logging.NOTSET if calls else logging.WARNING)
+
+
+def say_settings(settings: Mapping[str, tuple[object, str]]) -> None:
+    """One line with every setting and where it came from, where that is not its default."""
+    words = [
+        f"{name}={value}" + (f" ({origin})" if origin != "default" else "")
+        for name, (value, origin) in settings.items()
+    ]
+    values = {name: value for name, (value, _) in settings.items()}
+    logging.getLogger("byol.server").info(
+        "settings: %s", ", ".join(words), extra={"settings": values}
+    )
 
 
 class SlowLog:

@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+
+from byol_serving.collections.types import IndexKind
 
 BYOL = [sys.executable, "-m", "byol_cli.main"]
 COMMANDS = [
@@ -28,6 +30,12 @@ COMMANDS = [
     "collections create",
     "collections stats",
     "collections drop",
+    "models",
+    "models list",
+    "models load",
+    "models switch",
+    "models unload",
+    "token",
     "doctor",
 ]
 
@@ -64,7 +72,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert "\\b" not in text  # click's paragraph mark, not understood
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"collections"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"collections", "models"}))
 def test_every_command_can_answer_in_json(command: str) -> None:
     assert "--json" in byol(*command.split(), "--help").stdout
 
@@ -74,6 +82,12 @@ def test_an_error_is_one_line_and_json_if_asked_for(tmp_path: Path) -> None:
     assert run.stderr.count("\n") == 1
     assert "nowhere does not exist; give a folder or a tar" in run.stderr
     assert json.loads(run.stdout)["error"] == "InvalidSource"
+
+
+def test_the_index_kinds_offered_are_those_there_are() -> None:
+    from byol_cli.options import INDEX_KINDS
+
+    assert get_args(IndexKind) == INDEX_KINDS
 
 
 def test_wrong_usage_has_its_own_exit_code() -> None:

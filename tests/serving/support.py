@@ -1,6 +1,7 @@
 """A real encoder bundle, small enough to be made in milliseconds, and images to feed it."""
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from byol_serving.images import Pixels, Preprocess
 SIZE, BLOCK, DIM = 32, 8, 16
 
 
-def tiny_model(seed: int = 0) -> bytes:
+def tiny_model(seed: int = 0, *, work: int = 0) -> bytes:
     """uint8 [N, 32, 32, 3] -> block means -> fixed random projection -> float32 [N, 16], L2 = 1.
 
     The block means [N, 3, 4, 4] and twice their value are its feature maps, `cells` and `doubled`.
+    With `work`, so many convolutions of 64 channels are computed too, and multiplied by zero: the
+    same embeddings at the price of a real network.
     """
     side = SIZE // BLOCK
     weights = _weights(seed)
@@ -40,7 +43,8 @@ def tiny_model(seed: int = 0) -> bytes:
         helper.make_node("Reshape", ["means", "flat"], ["rows"]),
         helper.make_node("MatMul", ["rows", "weights"], ["projected"]),
         helper.make_node("ReduceL2", ["projected", "last"], ["norms"], keepdims=1),
-        helper.make_node("Div", ["projected", "norms"], ["embedding"]),
+        helper.make_node("Div", ["projected", "norms"], ["unit" if work else "embedding"]),
+        *_busy_nodes(work),
     ]
     graph = helper.make_graph(
         nodes,
@@ -51,7 +55,7 @@ def tiny_model(seed: int = 0) -> bytes:
             helper.make_tensor_value_info("cells", TensorProto.FLOAT, ["N", 3, side, side]),
             helper.make_tensor_value_info("doubled", TensorProto.FLOAT, ["N", 3, side, side]),
         ],
-        constants,
+        [*constants, *_busy_constants(work)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model)
@@ -75,7 +79,7 @@ def reference_cells(pixels: Pixels) -> NDArray[np.float32]:
     return cells
 
 
-def make_bundle(path: Path, seed: int = 0) -> Bundle:
+def make_bundle(path: Path, seed: int = 0, *, work: int = 0) -> Bundle:
     """A bundle of `tiny_model`, with golden pairs from `reference`."""
     info = BundleInfo(
         name="tiny",
@@ -89,7 +93,7 @@ def make_bundle(path: Path, seed: int = 0) -> Bundle:
         ),
     )
     golden = random_pixels(4, seed=7)
-    return write_bundle(path, tiny_model(seed), info, golden, reference(golden, seed))
+    return write_bundle(path, tiny_model(seed, work=work), info, golden, reference(golden, seed))
 
 
 def random_pixels(count: int, *, seed: int = 0) -> Pixels:
@@ -109,6 +113,35 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def _busy_nodes(work: int) -> list[onnx.NodeProto]:
+    """From `scaled` to `nothing` [N, 1], which is added to `unit`."""
+    if not work:
+        return []
+    names = ["planes", *(f"busy{i}" for i in range(work))]
+    return [
+        helper.make_node("Transpose", ["scaled"], ["planes"], perm=[0, 3, 1, 2]),
+        *(
+            helper.make_node("Conv", [a, "first" if a == "planes" else "more"], [b], pads=[1] * 4)
+            for a, b in pairwise(names)
+        ),
+        helper.make_node("ReduceMean", [names[-1], "sides"], ["mean"], keepdims=0),
+        helper.make_node("ReduceMean", ["mean", "last"], ["one"], keepdims=1),
+        helper.make_node("Mul", ["one", "zero"], ["nothing"]),
+        helper.make_node("Add", ["unit", "nothing"], ["embedding"]),
+    ]
+
+
+def _busy_constants(work: int) -> list[TensorProto]:
+    if not work:
+        return []
+    return [
+        numpy_helper.from_array(np.full((64, 3, 3, 3), 1 / 27, np.float32), "first"),
+        numpy_helper.from_array(np.full((64, 64, 3, 3), 1 / 576, np.float32), "more"),
+        numpy_helper.from_array(np.array([2, 3]), "sides"),
+        numpy_helper.from_array(np.array(0, np.float32), "zero"),
+    ]
 
 
 def _weights(seed: int) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from typing import cast, get_args
 
 import numpy as np
 
@@ -13,6 +14,7 @@ MAX_ID_BYTES = 512
 MAX_METADATA_BYTES = 1 << 20
 MAX_DIM = 65_536
 
+_KINDS = get_args(IndexKind)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # An escaped NUL; an even run of backslashes before it is text that only looks like one.
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -37,13 +39,9 @@ def dimension(dim: int) -> int:
 
 def index_kind(kind: str) -> IndexKind:
     """Raises InvalidRequest for an index kind that there is not."""
-    match kind:
-        case "flat" | "hnsw" | "ivf" | "auto":
-            return kind
-        case _:
-            raise InvalidRequest(
-                f"index kind {kind[:40]!r} is unknown: use flat, hnsw, ivf or auto"
-            )
+    if kind not in _KINDS:
+        raise InvalidRequest(f"index kind {kind[:40]!r} is unknown: use {', '.join(_KINDS)}")
+    return cast(IndexKind, kind)
 
 
 def could_be_id(text: str) -> bool:
@@ -151,3 +149,9 @@ def k_of(k: int, count: int) -> int:
     if k < 1 or k > count:
         raise InvalidRequest(f"k = {k} is outside 1 to {count}, the collection's size: lower k")
     return k
+
+
+def effort(effort: int | None) -> None:
+    """Raises InvalidRequest for a search effort below 1."""
+    if effort is not None and effort < 1:
+        raise InvalidRequest(f"effort {effort} is below 1: leave it out for the tuned one")

@@ -13,8 +13,8 @@ from byol_serving.collections.walking import go_on, ids_and_vectors, never
 from byol_serving.errors import InvalidRequest
 
 EXACT_UP_TO = 100_000
-"""Items of which every pair is looked at, N x N x D operations: 100,000 of 512 dimensions take
-about a minute of two cores, a million an hour and a half."""
+"""Items of which every pair is looked at, N x N x D operations: 20,000 of 512 dimensions took 3.5
+CPU-seconds, so that 100,000 take about 90 and a million two and a half hours."""
 _BLOCK = 2048
 _QUERIES = 256
 _NEIGHBOURS = 16

@@ -31,8 +31,8 @@ _BLAS_FROM = 4
 _THREADS_FROM = 32
 """Queries from which a search uses all cores: one Flat query ran at 34/s with one OpenMP thread and
 at 6/s with two."""
-_GATHER_FROM = 16
 _BLOCK = 65_536
+_RESCORE_AT_ONCE = 64
 _MAX_EXTRA = 64
 
 
@@ -72,7 +72,7 @@ def nearest(queries: Vectors, vectors: Vectors, k: int, alive: Bits | None, dead
     if alive is None or dead == 0:
         return _knn(queries, vectors, k, None)
     if len(queries) < _BLAS_FROM:
-        return _knn(queries, vectors, k, alive)
+        return _knn(queries, vectors, k, faiss.IDSelectorBitmap(alive))
     # BLAS takes no selector: ask for some more and drop the dead among them.
     extra = min(dead, _MAX_EXTRA)
     scores, positions = _knn(queries, vectors, k + extra, None)
@@ -82,16 +82,17 @@ def nearest(queries: Vectors, vectors: Vectors, k: int, alive: Bits | None, dead
     positions = np.take_along_axis(positions, order, axis=1)
     short = np.flatnonzero(living.sum(axis=1) < k)
     if short.size:
-        scores[short], positions[short] = _knn(queries[short], vectors, k, alive)
+        scores[short], positions[short] = _knn(
+            queries[short], vectors, k, faiss.IDSelectorBitmap(alive)
+        )
     return scores, positions
 
 
 def nearest_among(queries: Vectors, vectors: Vectors, chosen: Positions, k: int) -> Found:
     """The k best of each query among the rows at `chosen` (sorted, without repeats)."""
-    if len(queries) < _GATHER_FROM and len(chosen) > len(vectors) // 4:
-        mask = np.zeros(len(vectors), np.bool_)
-        mask[chosen] = True
-        return _knn(queries, vectors, k, pack(mask))
+    if len(queries) < _BLAS_FROM:
+        # Scanned where they lie: 3,000 of 300,000 in 0.07 ms; copied together first, 0.23 ms.
+        return _knn(queries, vectors, k, faiss.IDSelectorArray(len(chosen), faiss.swig_ptr(chosen)))
     best = nothing(len(queries), k)
     for start in range(0, len(chosen), _BLOCK):
         block = chosen[start : start + _BLOCK]
@@ -99,6 +100,21 @@ def nearest_among(queries: Vectors, vectors: Vectors, chosen: Positions, k: int)
         positions = np.where(local >= 0, block[local], -1)
         best = merged(best, (scores, positions), k)
     return best
+
+
+def rescored(queries: Vectors, vectors: Vectors, candidates: Positions, k: int) -> Found:
+    """The k best of each query among its own candidates (int64 [Q, C], -1 for none)."""
+    scores, positions = nothing(len(queries), k)
+    for start in range(0, len(queries), _RESCORE_AT_ONCE):
+        some = slice(start, start + _RESCORE_AT_ONCE)
+        known = candidates[some]
+        gathered = vectors[np.maximum(known, 0)]
+        true = np.matmul(gathered, queries[some, :, None])[..., 0]
+        true[known < 0] = -np.inf
+        order = np.argsort(-true, axis=1, kind="stable")[:, :k]
+        scores[some] = np.take_along_axis(true, order, axis=1)
+        positions[some] = np.take_along_axis(known, order, axis=1)
+    return scores, positions
 
 
 def merged(left: Found, right: Found, k: int) -> Found:
@@ -114,16 +130,13 @@ def nothing(queries: int, k: int) -> Found:
     return np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1, np.int64)
 
 
-def _knn(queries: Vectors, vectors: Vectors, k: int, alive: Bits | None) -> Found:
+def _knn(queries: Vectors, vectors: Vectors, k: int, selector: Any) -> Found:
     count, dim = queries.shape
     scores, positions = nothing(count, k)
     if not len(vectors):
         return scores, positions
     share_cores(count)
-    selector = None
-    if alive is not None:
-        selector = faiss.IDSelectorBitmap(alive)
-    elif count < _BLAS_FROM:
+    if selector is None and count < _BLAS_FROM:
         selector = faiss.IDSelectorAll()  # any selector takes the scan instead of BLAS
     faiss.knn_inner_product(
         faiss.swig_ptr(queries),

@@ -72,6 +72,7 @@ class _Asking:
             condition=condition if given is None else All((given, condition)),
             min_score=self.wanted.min_score,
             with_vectors=self.wanted.with_vectors,
+            effort=self.wanted.effort,
         )
         return [hit for hit in found if hit.id not in own][:k]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from byol_serving.collections.approximate import Approximate, ApproximateKind, Stopped
+from byol_serving.collections.approximate import Approximate, Stopped
 from byol_serving.collections.exact import (
     Bits,
     Found,
@@ -24,6 +24,7 @@ from byol_serving.collections.exact import (
     pack,
     unpack,
 )
+from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.types import IndexKind, Vectors
 
 
@@ -32,10 +33,13 @@ class IndexOptions:
     """When the index reorganises itself."""
 
     approximate_from: int = 4096
-    """Items from which `hnsw` and `ivf` are approximate; below, a scan is as fast and exact."""
+    """Items from which approximate kinds are so; below, a scan is as fast and exact."""
+    recall_target: float = 0.95
+    """Recall@10 that an approximate index is tuned to when it is built."""
     auto_hnsw_from: int = 20_000
     auto_ivf_from: int = 2_000_000
-    """`auto` scans below the first, uses HNSW below the second, IVF above (HNSW's memory)."""
+    """`auto` scans below the first, then walks a graph, and above the second reads lists of 8-bit
+    codes, which take a quarter of the graph's memory."""
     exact_share: float = 0.05
     """A filter that keeps fewer than this share of the items is answered exactly."""
     compact_share: float = 0.25
@@ -137,21 +141,21 @@ class Index:
             np.bitwise_and.at(alive, dead >> 3, ~(1 << (dead & 7)).astype(np.uint8))
             self._view = replace(view, seq=seq, size=size, dead=view.dead + len(dead), alive=alive)
 
-    def search(self, view: View, queries: Vectors, k: int) -> Found:
+    def search(self, view: View, queries: Vectors, k: int, effort: int | None = None) -> Found:
         """The k best of each query (float32 [Q, D], unit) in the view."""
         if view.approximate is None:
             vectors = view.vectors[: view.size]
             return nearest(queries, vectors, k, view.alive, view.dead)
-        share = view.count / view.size
-        return self._approximately(view, view.approximate, queries, k, None, share)
+        return self._approximately(view, view.approximate, queries, k, None, effort)
 
-    def search_among(self, view: View, queries: Vectors, k: int, chosen: Positions) -> Found:
+    def search_among(
+        self, view: View, queries: Vectors, k: int, chosen: Positions, effort: int | None = None
+    ) -> Found:
         """The k best of each query among positions (ascending), which count as alive."""
         few = len(chosen) <= max(k, self.options.exact_share * view.size)
         if view.approximate is None or few:
             return nearest_among(queries, view.vectors[: view.size], chosen, k)
-        share = len(chosen) / view.size
-        return self._approximately(view, view.approximate, queries, k, chosen, share)
+        return self._approximately(view, view.approximate, queries, k, chosen, effort)
 
     def _approximately(
         self,
@@ -160,25 +164,30 @@ class Index:
         queries: Vectors,
         k: int,
         chosen: Positions | None,
-        share: float,
+        effort: int | None,
     ) -> Found:
-        bits = view.alive
-        if chosen is not None:
+        vectors = view.vectors[: view.size]
+        count = view.count if chosen is None else len(chosen)
+        bits = None if count == view.size else view.alive
+        if chosen is not None and bits is not None:
             mask = np.zeros(view.size, np.bool_)
             mask[chosen] = True
             bits = pack(mask)
-        found, covered = approximate.search(queries, k, bits, share)
+        found, covered = approximate.search(
+            queries, k, vectors, bits, count / max(view.size, 1), effort=effort
+        )
         if covered < view.size:
-            rest = np.flatnonzero(unpack(bits, view.size)[covered:]) + covered
-            beside = nearest_among(queries, view.vectors[: view.size], rest, k)
-            found = merged(found, beside, k)
+            rest = np.arange(covered, view.size)
+            if bits is not None:
+                rest = rest[bits_at(bits, rest)]
+            found = merged(found, nearest_among(queries, vectors, rest, k), k)
         # A graph walk may end early between masked nodes; k are there, so such a query is scanned.
-        wanted = min(k, view.count if chosen is None else len(chosen))
+        wanted = min(k, count)
         short = np.flatnonzero(found[1][:, wanted - 1] < 0) if wanted else np.empty(0, np.int64)
         if short.size:
-            every = np.flatnonzero(unpack(bits, view.size))
-            again = nearest_among(queries[short], view.vectors[: view.size], every, k)
-            found[0][short], found[1][short] = again
+            found[0][short], found[1][short] = nearest(
+                queries[short], vectors, k, bits, view.size - count
+            )
         return found
 
     # Upkeep, off the path of requests.
@@ -187,7 +196,7 @@ class Index:
         """Does what upkeep is due; returns whether there was any."""
         with self._maintaining:
             view = self._view
-            kind = self._wanted(view.count)
+            kind = self.wanted(view.count)
             stale = view.approximate is not None and (
                 view.approximate.outgrown(view.count)
                 or (kind is not None and kind != view.approximate.kind)
@@ -211,43 +220,53 @@ class Index:
         """Held during upkeep; hold it to keep positions and the approximate index as they are."""
         return self._maintaining
 
-    def _wanted(self, count: int) -> ApproximateKind | None:
+    def wanted(self, count: int) -> ApproximateKind | None:
+        """The approximate index that so many items call for; None for none."""
         options = self.options
         match self.kind:
             case "flat":
                 return None
-            case "hnsw" | "ivf":
-                return self.kind if count >= options.approximate_from else None
             case "auto":
                 if count < options.auto_hnsw_from:
                     return None
-                return "hnsw" if count < options.auto_ivf_from else "ivf"
+                return "hnsw" if count < options.auto_ivf_from else "ivf-sq8"
+            case kind:
+                return kind if count >= options.approximate_from else None
 
     def _rebuild(
         self, old: View, kind: ApproximateKind | None, stopping: Callable[[], bool]
     ) -> None:
         """Builds aside from the living, then adds what came meanwhile and swaps."""
         kept = np.flatnonzero(unpack(old.alive, old.size))
-        vectors = old.vectors[kept]
+        capacity = len(kept) + max(1024, len(kept) // 8)
+        vectors = np.empty((capacity, self.dim), np.float32)
+        np.take(old.vectors, kept, axis=0, out=vectors[: len(kept)])
         approximate = None
         if kind is not None:
             try:
-                approximate = Approximate.build(kind, vectors, stopping)
+                target = self.options.recall_target
+                approximate = Approximate.build(kind, vectors[: len(kept)], stopping, target=target)
             except Stopped:
                 return
         with self._lock:
             now = self._view
-            came = np.arange(old.size, now.size)
-            moved = np.concatenate([kept, came])
+            came = now.size - old.size
+            moved = np.concatenate([kept, np.arange(old.size, now.size)])
             living = bits_at(now.alive, moved)
-            capacity = len(moved) + max(1024, len(moved) // 8)
-            self._view = replace(
+            rebuilt = replace(
                 now,
+                size=len(kept),
+                vectors=vectors,
+                rows=_grown(now.rows[kept], len(kept), capacity),
+            )
+            rebuilt = _with_room(rebuilt, came)
+            rebuilt.vectors[len(kept) : len(moved)] = now.vectors[old.size : now.size]
+            rebuilt.rows[len(kept) : len(moved)] = now.rows[old.size : now.size]
+            self._view = replace(
+                rebuilt,
                 size=len(moved),
                 dead=int(len(moved) - living.sum()),
-                vectors=_grown(np.concatenate([vectors, now.vectors[came]]), len(moved), capacity),
-                rows=_grown(now.rows[moved], len(moved), capacity),
-                ids=[now.ids[each] for each in moved],
+                ids=[now.ids[each] for each in moved.tolist()],
                 alive=pack(living),
                 approximate=approximate,
                 generation=now.generation + 1,

@@ -12,74 +12,38 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import pymilvus
 
-from byol_serving.collections import checks, paging
-from byol_serving.collections.filters import Filter
-from byol_serving.collections.milvus_terms import (
-    MAX_TERMS,
-    TERM_LENGTH,
-    expression,
-    id_in,
-    numbers_of,
-    quoted,
-    terms_of,
+from byol_serving.collections import checks
+from byol_serving.collections.milvus_collection import (
+    MAX_K,
+    STRONG,
+    Facts,
+    MilvusCollection,
+    cannot,
+    explained,
 )
-from byol_serving.collections.sql import compile_filter
-from byol_serving.collections.types import (
-    CollectionInfo,
-    Hit,
-    IndexKind,
-    Item,
-    Metadata,
-    Page,
-    UpsertCounts,
-    Vectors,
-)
-from byol_serving.errors import (
-    AlreadyExists,
-    FailedPrecondition,
-    InvalidRequest,
-    StoreError,
-    Unavailable,
-    UnknownCollection,
-    UnknownId,
-)
+from byol_serving.collections.milvus_terms import MAX_TERMS, TERM_LENGTH, id_in
+from byol_serving.collections.types import CollectionInfo, IndexKind
+from byol_serving.errors import AlreadyExists, InvalidRequest, Unavailable, UnknownCollection
 
 TOKEN_VARIABLE = "BYOL_MILVUS_TOKEN"
-MAX_K = 16_384
-"""Milvus's limit on the neighbours of one query."""
 _REGISTRY = "byol_collections"
 _PREFIX = "byol_"
-_STRONG = "Strong"  # a search sees every acknowledged write
 _INDEXES: dict[IndexKind, tuple[str, dict[str, int]]] = {
     "flat": ("FLAT", {}),
     "hnsw": ("HNSW", {"M": 32, "efConstruction": 200}),
     "ivf": ("IVF_FLAT", {"nlist": 1024}),
+    "ivf-sq8": ("IVF_SQ8", {"nlist": 1024}),
+    "ivf-pq": ("IVF_PQ", {"nlist": 1024, "nbits": 8}),
     "auto": ("AUTOINDEX", {}),
 }
-_NO_COLLECTION, _NO_SERVER = 100, 2
 
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it raises as well
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Facts:
-    """What the registry says of a collection."""
-
-    name: str
-    dim: int
-    encoder_id: str
-    index: IndexKind
-    table: str
-    """Its name in Milvus, which allows fewer characters than ours."""
 
 
 class MilvusStore:
@@ -99,7 +63,7 @@ class MilvusStore:
         self._changing = threading.Lock()
         self._open: dict[str, MilvusCollection] = {}
         self._closed = False
-        with _explained(uri):
+        with explained(uri):
             self._client: Any = pymilvus.MilvusClient(uri, token=os.environ.get(TOKEN_VARIABLE, ""))
             if not self._client.has_collection(_REGISTRY):
                 fields = {"facts": pymilvus.DataType.JSON}
@@ -111,26 +75,34 @@ class MilvusStore:
         """Makes an empty collection. See `types.Store`."""
         self._check_open()
         checks.collection_name(name)
-        facts = _Facts(
+        if checks.index_kind(index) not in _INDEXES:
+            cannot(f"{index} index", f"use {', '.join(_INDEXES)}")
+        if index == "ivf-pq" and dim % 4:
+            raise InvalidRequest(f"ivf-pq on milvus needs a dimension in fours, not {dim}")
+        facts = Facts(
             name=name,
             dim=checks.dimension(dim),
             encoder_id=encoder_id,
-            index=checks.index_kind(index),
+            index=index,
             table=f"{_PREFIX}{uuid.uuid4().hex}",
         )
-        with self._changing, _explained(self._uri):
+        with self._changing, explained(self._uri):
             if self._registered(name):
                 raise AlreadyExists(f"collection {name!r} exists: drop it or choose another name")
             fields = {"metadata": pymilvus.DataType.JSON, "numbers": pymilvus.DataType.JSON}
             _create(self._client, facts.table, dim, index, fields, terms=True)
             row = {"id": name, "vector": [1.0, 0.0], "facts": vars(facts)}
-            self._client.upsert(_REGISTRY, [row])
+            try:
+                self._client.upsert(_REGISTRY, [row])
+            except BaseException:
+                self._client.drop_collection(facts.table)  # nobody would find it again
+                raise
         return self.get(name)
 
     def get(self, name: str) -> "MilvusCollection":
         """The collection. Raises UnknownCollection."""
         self._check_open()
-        with _explained(self._uri):
+        with explained(self._uri):
             found = self._registered(name)
         if not found:
             raise UnknownCollection(
@@ -144,7 +116,7 @@ class MilvusStore:
     def list(self) -> list[CollectionInfo]:
         """The facts of all collections, by name."""
         self._check_open()
-        with _explained(self._uri):
+        with explained(self._uri):
             names = sorted(facts.name for facts in self._registered(None))
         infos = []
         for name in names:
@@ -158,18 +130,18 @@ class MilvusStore:
         """Deletes a collection with everything in it. Raises UnknownCollection."""
         with self._changing:
             facts = self.get(name).facts
-            with _explained(self._uri):
+            with explained(self._uri):
                 self._client.delete(_REGISTRY, ids=[name])
                 self._client.drop_collection(facts.table)
             self._open.pop(name, None)
 
     def backup(self, destination: Path) -> NoReturn:
         """Not here: raises FailedPrecondition."""
-        _cannot("backup", "use milvus-backup, or export to Parquet")
+        cannot("backup", "use milvus-backup, or export to Parquet")
 
     def restore(self, source: Path, name: str) -> NoReturn:
         """Not here: raises FailedPrecondition."""
-        _cannot("restore", "use milvus-backup, or import from Parquet")
+        cannot("restore", "use milvus-backup, or import from Parquet")
 
     def close(self) -> None:
         """Gives the connection up; later calls are Unavailable."""
@@ -177,204 +149,19 @@ class MilvusStore:
             self._closed = True
             self._client.close()
 
-    def _registered(self, name: str | None) -> Sequence[_Facts]:
+    def _registered(self, name: str | None) -> Sequence[Facts]:
         rows = self._client.query(
             _REGISTRY,
             filter="" if name is None else id_in([name]),
             output_fields=["facts"],
             limit=MAX_K,
-            consistency_level=_STRONG,
+            consistency_level=STRONG,
         )
-        return [_Facts(**row["facts"]) for row in rows]
+        return [Facts(**row["facts"]) for row in rows]
 
     def _check_open(self) -> None:
         if self._closed:
             raise Unavailable("the store is closed: the server is shutting down")
-
-
-class MilvusCollection:
-    """See `types.Collection`."""
-
-    def __init__(self, client: Any, uri: str, facts: _Facts) -> None:
-        """Made by the store."""
-        self.facts = facts
-        self._client = client
-        self._uri = uri
-        # Counting and writing are two requests: other servers may come between, our threads not.
-        self._writing = threading.Lock()
-
-    @property
-    def info(self) -> CollectionInfo:
-        """Name, dimension, encoder, count, index."""
-        (row,) = self._query("", ["count(*)"], None)
-        return CollectionInfo(
-            name=self.facts.name,
-            dim=self.facts.dim,
-            encoder_id=self.facts.encoder_id,
-            count=int(row["count(*)"]),
-            index=self.facts.index,
-            recall=1.0 if self.facts.index == "flat" else None,
-        )
-
-    def verify(self) -> NoReturn:
-        """Not here: raises FailedPrecondition."""
-        _cannot("verify", "Milvus checks its own files")
-
-    def upsert(
-        self, ids: Sequence[str], vectors: Vectors, metadata: Sequence[Metadata] | None = None
-    ) -> UpsertCounts:
-        """Inserts or replaces. See `types.Collection`."""
-        names = checks.item_ids(ids)
-        unit = checks.unit_vectors(vectors, self.facts.dim)
-        checks.same_length(names, len(unit), "vectors")
-        given = [{} for _ in names] if metadata is None else metadata
-        rows = _rows(names, unit, given)
-        with self._writing:
-            known = self._known(names)
-            self._upsert(rows)
-        return UpsertCounts(inserted=len(names) - len(known), updated=len(known))
-
-    def set_metadata(self, ids: Sequence[str], metadata: Sequence[Metadata]) -> None:
-        """Replaces metadata. Milvus has no such update: the vectors are read and written again."""
-        names = checks.item_ids(ids)
-        _rows(names, np.empty((len(names), 0), np.float32), metadata)  # refused before any reading
-        with self._writing:
-            items = self.get(names, with_vectors=True)
-            vectors = [np.asarray(item.vector) for item in items]
-            if vectors:
-                self._upsert(_rows(names, np.stack(vectors), metadata))
-
-    def delete(self, ids: Sequence[str]) -> int:
-        """Deletes what exists of `ids`; returns how many."""
-        names = [each for each in ids if checks.could_be_id(each)]
-        with self._writing:
-            known = self._known(names)
-            if known:
-                self._delete(id_in(known))
-        return len(known)
-
-    def delete_where(self, condition: Filter) -> int:
-        """Deletes all items that match; returns how many."""
-        test = _expression(condition)
-        with self._writing:
-            (row,) = self._query(test, ["count(*)"], None)
-            self._delete(test)
-        return int(row["count(*)"])
-
-    def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[Item]:
-        """Items in the order of `ids`. Raises UnknownId."""
-        names = [each for each in ids if checks.could_be_id(each)]
-        fields = ["metadata", *(["vector"] if with_vectors else [])]
-        rows = self._query(id_in(names), fields, len(names)) if names else []
-        found = {row["id"]: row for row in rows}
-        for each in ids:
-            if each not in found:
-                raise UnknownId(
-                    f"collection {self.facts.name!r} has no item {each[:80]!r}: check the id"
-                )
-        return [_item(found[each]) for each in ids]
-
-    def page(
-        self,
-        after: str,
-        limit: int,
-        *,
-        condition: Filter | None = None,
-        with_metadata: bool = True,
-        with_vectors: bool = False,
-    ) -> Page:
-        """Up to `limit` items after an id, in the order of their ids. See `types.Collection`."""
-        paging.limit_of(limit)
-        if not checks.could_be_id(after):
-            raise InvalidRequest(f"page token {after[:40]!r} is not one that a page gave")
-        tests = [f"id > {quoted(after)}", *([_expression(condition)] if condition else [])]
-        fields = _fields(with_metadata, with_vectors)
-        # Of what matches, Milvus returns the first by primary key.
-        rows = self._query(" and ".join(tests), fields, limit + 1)
-        rows.sort(key=lambda row: str(row["id"]))
-        return Page(
-            items=[_item(row) for row in rows[:limit]],
-            after=rows[limit - 1]["id"] if len(rows) > limit else "",
-        )
-
-    def search(
-        self,
-        queries: Vectors,
-        k: int,
-        *,
-        condition: Filter | None = None,
-        min_score: float | None = None,
-        with_metadata: bool = True,
-        with_vectors: bool = False,
-    ) -> list[list[Hit]]:
-        """The k nearest of each query (float32 [Q, dim]), best first. See `types.Collection`."""
-        unit = checks.unit_vectors(queries, self.facts.dim)
-        count = self.info.count
-        checks.k_of(k, count)
-        if k > MAX_K:
-            raise InvalidRequest(f"k {k} is over {MAX_K}, the milvus backend's limit: ask for less")
-        if not len(unit):
-            return []
-        test = "" if condition is None else _expression(condition)
-        fields = _fields(with_metadata, with_vectors)
-        most = min(count, MAX_K)
-        asked = min(k + 1, most)
-        found = self._search(unit, asked, test, fields)
-        while asked < most and any(_tied(hits, k, asked) for hits in found):
-            asked = min(2 * asked, most)
-            found = self._search(unit, asked, test, fields)
-        best = [sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k] for hits in found]
-        if min_score is None:
-            return best
-        return [[hit for hit in hits if hit.score >= min_score] for hits in best]
-
-    # Inside
-
-    def _search(self, unit: Vectors, k: int, test: str, fields: Sequence[str]) -> list[list[Hit]]:
-        match self.facts.index:
-            case "hnsw":
-                params = {"ef": max(64, 2 * k)}
-            case "ivf":
-                params = {"nprobe": 32}
-            case _:
-                params = {}
-        with _explained(self._uri):
-            answers = self._client.search(
-                self.facts.table,
-                data=list(unit),
-                limit=k,
-                filter=test,
-                output_fields=list(fields),
-                search_params={"metric_type": "IP", "params": params},
-                consistency_level=_STRONG,
-            )
-        return [
-            [_hit(row["id"], row["distance"], row.get("entity", {})) for row in answer]
-            for answer in answers
-        ]
-
-    def _query(self, test: str, fields: Sequence[str], limit: int | None) -> list[dict[str, Any]]:
-        with _explained(self._uri):
-            rows: list[dict[str, Any]] = self._client.query(
-                self.facts.table,
-                filter=test,
-                output_fields=list(fields),
-                consistency_level=_STRONG,
-                **({} if limit is None else {"limit": limit}),
-            )
-        return rows
-
-    def _known(self, ids: Sequence[str]) -> list[str]:
-        return [row["id"] for row in self._query(id_in(ids), ["id"], len(ids))] if ids else []
-
-    def _upsert(self, rows: list[dict[str, Any]]) -> None:
-        if rows:
-            with _explained(self._uri):
-                self._client.upsert(self.facts.table, rows)
-
-    def _delete(self, test: str) -> None:
-        with _explained(self._uri):
-            self._client.delete(self.facts.table, filter=test)
 
 
 def _create(
@@ -401,71 +188,8 @@ def _create(
             max_length=TERM_LENGTH,
         )
     name, params = _INDEXES[index]
+    if index == "ivf-pq":
+        params = {**params, "m": dim // 4}  # a byte for four dimensions, as in the local store
     indexes = client.prepare_index_params()
     indexes.add_index("vector", index_type=name, metric_type="IP", params=params)
-    client.create_collection(table, schema=schema, index_params=indexes, consistency_level=_STRONG)
-
-
-def _rows(
-    ids: Sequence[str], vectors: Vectors, metadata: Sequence[Metadata]
-) -> list[dict[str, Any]]:
-    checks.same_length(ids, len(metadata), "metadata")
-    for position, each in enumerate(metadata):
-        checks.metadata_text(each, position)
-    return [
-        {
-            "id": name,
-            "vector": vector,
-            "metadata": dict(each),
-            "numbers": numbers_of(each),
-            "terms": terms_of(each),
-        }
-        for name, vector, each in zip(ids, vectors, metadata, strict=True)
-    ]
-
-
-def _expression(condition: Filter) -> str:
-    compile_filter(condition)  # refuses what is too deep or too long, as the local store does
-    return expression(condition)
-
-
-def _fields(with_metadata: bool, with_vectors: bool) -> list[str]:
-    named = (("metadata", with_metadata), ("vector", with_vectors))
-    return ["id", *(name for name, wanted in named if wanted)]
-
-
-def _item(row: dict[str, Any]) -> Item:
-    return Item(id=row["id"], metadata=row.get("metadata") or {}, vector=_vector(row))
-
-
-def _hit(item_id: str, score: float, row: dict[str, Any]) -> Hit:
-    clipped = max(-1.0, min(1.0, score))
-    return Hit(id=item_id, score=clipped, metadata=row.get("metadata") or {}, vector=_vector(row))
-
-
-def _vector(row: dict[str, Any]) -> Vectors | None:
-    return np.asarray(row["vector"], np.float32) if "vector" in row else None
-
-
-def _tied(hits: Sequence[Hit], k: int, asked: int) -> bool:
-    return len(hits) == asked and hits[k - 1].score == hits[-1].score
-
-
-def _cannot(what: str, remedy: str) -> NoReturn:
-    raise FailedPrecondition(f"the milvus backend has no {what}: {remedy}")
-
-
-@contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    """Turns Milvus's errors into ours."""
-    try:
-        yield
-    except pymilvus.MilvusException as error:
-        text = str(error.message).splitlines()[0][:200] if error.message else str(error)
-        match error.code:
-            case code if code == _NO_COLLECTION:
-                raise UnknownCollection(f"milvus at {uri}: {text}: it was dropped") from error
-            case code if code == _NO_SERVER:
-                raise Unavailable(f"milvus at {uri} does not answer: start it") from error
-            case _:
-                raise StoreError(f"milvus at {uri}: {text}: see its log") from error
+    client.create_collection(table, schema=schema, index_params=indexes, consistency_level=STRONG)

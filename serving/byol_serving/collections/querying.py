@@ -46,6 +46,8 @@ class Wanted:
     """The nearest so many are its choice; 0: four for each hit, at least 64."""
     with_metadata: bool = True
     with_vectors: bool = False
+    effort: int | None = None
+    """Of an approximate index; see `types.Collection.search`."""
 
 
 def examples_vector(
@@ -97,11 +99,12 @@ def find(collection: Collection, queries: Sequence[Query], wanted: Wanted) -> li
         min_score=wanted.min_score,
         with_metadata=wanted.with_metadata,
         with_vectors=wanted.with_vectors or diverse,
+        effort=wanted.effort,
     )
     answers = []
     for query, hits in zip(queries, found, strict=True):
         own = query.own_ids
-        others = [hit for hit in hits if hit.id not in own][:pool] if own else hits
+        others = ([hit for hit in hits if hit.id not in own] if own else hits)[:pool]
         if wanted.mmr_lambda is not None:
             others = _diverse(others, wanted.mmr_lambda, wanted)
         answers.append(others[wanted.offset : wanted.offset + wanted.k])

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from byol_serving.collections.approximate import Approximate, ApproximateKind
+from byol_serving.collections.approximate import Approximate, Tuning
 from byol_serving.collections.disk import checksum, publish, sync
 from byol_serving.collections.exact import Positions
 from byol_serving.collections.index import Index
+from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.types import Vectors
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 _KEEP = 2
 
 
@@ -38,6 +39,11 @@ class Manifest:
     vectors_crc: int
     approximate: ApproximateKind | None
     approximate_crc: int
+    effort: int
+    effort_of_tenth: int
+    recall: float
+    target: float
+    """The approximate index's tuning; zeros without one."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ def write(folder: Path, collection: str, index: Index) -> int:
             approximate_crc = checksum(_aside(approximate))
             publish(_aside(approximate), approximate)
         publish(_aside(vectors), vectors)
+    none = Tuning(effort=0, effort_of_tenth=0, recall=0, target=0)
+    tuning = view.approximate.tuning if view.approximate else none
     manifest = Manifest(
         format=_FORMAT,
         collection=collection,
@@ -75,6 +83,10 @@ def write(folder: Path, collection: str, index: Index) -> int:
         vectors_crc=vectors_crc,
         approximate=view.approximate.kind if view.approximate else None,
         approximate_crc=approximate_crc,
+        effort=tuning.effort,
+        effort_of_tenth=tuning.effort_of_tenth,
+        recall=tuning.recall,
+        target=tuning.target,
     )
     final = base.with_suffix(".json")
     _aside(final).write_text(json.dumps(asdict(manifest)))
@@ -128,7 +140,13 @@ def _load(path: Path, collection: str, dim: int, seq: int) -> Loaded:
         file = path.with_suffix(".faiss")
         if checksum(file) != manifest.approximate_crc:
             raise ValueError("its approximate index fails its checksum")
-        approximate = Approximate.load(manifest.approximate, file, dim)
+        tuning = Tuning(
+            effort=manifest.effort,
+            effort_of_tenth=manifest.effort_of_tenth,
+            recall=manifest.recall,
+            target=manifest.target,
+        )
+        approximate = Approximate.load(manifest.approximate, file, dim, tuning)
         if approximate.size > manifest.size:
             raise ValueError("its approximate index covers more than its vectors")
     return Loaded(manifest.seq, rows, vectors, approximate)

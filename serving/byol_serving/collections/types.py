@@ -13,7 +13,9 @@ from byol_serving.collections.filters import Filter
 Vectors = NDArray[np.float32]
 Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
 Metadata = Mapping[str, Json]
-IndexKind = Literal["flat", "hnsw", "ivf", "auto"]
+IndexKind = Literal[
+    "flat", "hnsw", "hnsw-sq8", "ivf", "ivf-fp16", "ivf-sq8", "ivf-pq", "ivf-rabitq", "auto"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,32 @@ class UpsertCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexStats:
+    """One moment of an index."""
+
+    kind: str
+    """What the collection was created with."""
+    answering: str
+    """What answers searches now."""
+    wanted: str
+    """What its size calls for: differs from `answering` while that is being built."""
+    count: int
+    deleted: int
+    """Positions of deleted items, not yet squeezed out."""
+    unabsorbed: int
+    """New items that are scanned beside the approximate index."""
+    effort: int | None
+    """Lists read (IVF) or width of the walk (HNSW) of a search; None for an exact index."""
+    recall: float
+    """Recall@10 on held-back queries when the index was built; 1 for an exact index."""
+    recall_target: float
+    vector_bytes: int
+    """Memory of the float32 vectors."""
+    index_bytes: int
+    """Memory of the approximate index."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verification:
     """What a comparison found. Lists name at most 100 items."""
 
@@ -94,6 +122,14 @@ class Collection(Protocol):
     @property
     def info(self) -> CollectionInfo:
         """Name, dimension, encoder, count, index."""
+        ...
+
+    def stats(self) -> IndexStats:
+        """How the index stands.
+
+        Raises:
+            FailedPrecondition: the backend does not tell.
+        """
         ...
 
     def verify(self) -> Verification:
@@ -157,12 +193,15 @@ class Collection(Protocol):
         min_score: float | None = None,
         with_metadata: bool = True,
         with_vectors: bool = False,
+        effort: int | None = None,
     ) -> list[list[Hit]]:
         """The k nearest of each query (float32 [Q, dim]), best first; exact under any filter.
 
         Equal scores are in the order of pages, so that the k best are always the
         beginning of the k + 1 best (of an exact index; an approximate one may find more with more).
-        Fewer than k come back where fewer items match the filter or reach min_score.
+        Fewer than k come back where fewer items match the filter or reach min_score. `effort`
+        replaces, for this call, what an approximate index was tuned to: lists that are read (IVF)
+        or the width of the walk (HNSW).
 
         Raises:
             InvalidRequest: k is below 1 or above the collection's size.

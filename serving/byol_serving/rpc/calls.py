@@ -14,8 +14,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from byol_serving.errors import ByolError, InvalidRequest, Unavailable
+from byol_serving.rpc.auth import AUTHORIZATION_KEY, Gate
 from byol_serving.rpc.status import Pairs, code_of, trailers_of
 from byol_serving.timing import STEPS, Step
+from byol_serving.tokens import Token
 
 REQUEST_ID_KEY = "x-request-id"
 TRACE_KEY = "traceparent"
@@ -42,6 +44,8 @@ class Finished:
     """On time.perf_counter()'s clock."""
     ended: float
     request_id: str
+    caller: str
+    """Name of the caller's token; empty where there is none."""
     trace_parent: str
     """W3C trace context of the caller; empty if there is none."""
     steps: Sequence[Step]
@@ -54,9 +58,17 @@ class Calls(grpc.aio.ServerInterceptor):
     id, and only the log has the traceback.
     """
 
-    def __init__(self, watchers: Sequence[Callable[[Finished], None]] = ()) -> None:
-        """Accepts calls at once; tells the watchers of each when it has ended."""
+    def __init__(
+        self, watchers: Sequence[Callable[[Finished], None]] = (), gate: Gate | None = None
+    ) -> None:
+        """Accepts calls at once.
+
+        Args:
+            watchers: told of each call when it has ended.
+            gate: who may call what; None: everybody everything.
+        """
         self._watchers = watchers
+        self._gate = gate or Gate(None)
         self.in_flight = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -98,6 +110,7 @@ class Calls(grpc.aio.ServerInterceptor):
             async def unary(data: bytes, context: _Context) -> Any:
                 call = _Call(self, method, context)
                 try:
+                    call.caller = self._gate.admit(method, call.authorization)
                     response = await answer(parse(data), context)
                 except BaseException as error:
                     await call.fail(error)
@@ -112,9 +125,19 @@ class Calls(grpc.aio.ServerInterceptor):
 
         async def streaming(datas: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
             call = _Call(self, method, context)
-            requests = (parse(each) async for each in datas)
+
+            async def paced() -> AsyncIterator[Any]:
+                first = True
+                async for each in datas:
+                    if not first:  # which `admit` has counted
+                        await self._gate.pace(call.caller)
+                    first = False
+                    yield parse(each)
+
+            requests = paced()
             try:
                 self._admit()
+                call.caller = self._gate.admit(method, call.authorization)
                 async with aclosing(stream(requests, context)) as responses:
                     async for response in responses:
                         yield response
@@ -166,6 +189,8 @@ class _Call:
         self._began = time.perf_counter()
         metadata = dict(context.invocation_metadata() or ())
         self.id = _request_id(metadata.get(REQUEST_ID_KEY))
+        self.authorization = metadata.get(AUTHORIZATION_KEY)
+        self.caller: Token | None = None
         self._trace_parent = str(metadata.get(TRACE_KEY, ""))
         self._trailers: Pairs = ((REQUEST_ID_KEY, self.id),)
         self._steps: list[Step] = []
@@ -205,6 +230,7 @@ class _Call:
             began=self._began,
             ended=time.perf_counter(),
             request_id=self.id,
+            caller=self.caller.name if self.caller else "",
             trace_parent=self._trace_parent,
             steps=self._steps,
         )
@@ -213,14 +239,23 @@ class _Call:
             return
         took = (call.ended - call.began) * 1000
         log.info(
-            "method=%s code=%s ms=%.2f request_id=%s peer=%s%s",
+            "method=%s code=%s ms=%.2f request_id=%s peer=%s%s%s",
             self._method,
             code,
             took,
             self.id,
             self._context.peer(),
+            f" caller={call.caller}" if call.caller else "",
             f" reason={reason!r}" if reason else "",
-            extra={"method": self._method, "code": code, "ms": took, "request_id": self.id},
+            extra={
+                "method": self._method,
+                "code": code,
+                "ms": took,
+                "request_id": self.id,
+                "peer": self._context.peer(),
+                "caller": call.caller,
+                "reason": reason,
+            },
         )
 
 

@@ -18,7 +18,12 @@ from byol_serving.rpc import analysis
 from byol_serving.rpc.calls import deadline_of
 from byol_serving.rpc.convert import struct_to_metadata, tensor_to_vectors
 from byol_serving.rpc.filters import from_message
-from byol_serving.rpc.items import collection_message, item_message, verification_message
+from byol_serving.rpc.items import (
+    collection_message,
+    item_message,
+    stats_message,
+    verification_message,
+)
 from byol_serving.rpc.models import Models
 from byol_serving.rpc.pools import BlockingCalls, in_order
 from byol_serving.rpc.queries import Leaf, filter_of, images_of, leaves_of, run_search
@@ -78,6 +83,12 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     ) -> pb.Collection:
         """A collection's facts."""
         return collection_message(await self._on(request.name, lambda c: c.info, context))
+
+    async def GetCollectionStats(
+        self, request: pb.GetCollectionStatsRequest, context: Context
+    ) -> pb.CollectionStats:
+        """How a collection's index stands."""
+        return stats_message(await self._on(request.name, lambda c: c.stats(), context))
 
     async def ListCollections(
         self, request: pb.ListCollectionsRequest, context: Context

@@ -1,7 +1,7 @@
 """Filters on the wire, as trees, and as the plain dicts that people like to write.
 
-    {"label": "cat"}                           Equals("label", "cat")
-    {"label": ["cat", "dog"]}                  In("label", ("cat", "dog"))
+    {"label": "cat"}                           Equals("label", "cat");  also {"equals": "cat"}
+    {"label": ["cat", "dog"]}                  In("label", ("cat", "dog"));  also {"in": [...]}
     {"price": {"gte": 3, "lt": 10}}            Range("price", gte=3, lt=10)
     {"label": {"not": "cat"}}                  Not(Equals("label", "cat"))
     {"seen": {"exists": True}}                 Exists("seen")
@@ -123,6 +123,8 @@ def _parse_operators(key: str, operators: Mapping[str, object]) -> tuple[Filter,
                 continue
             case "in", list() | tuple() | set() | frozenset():
                 parts.append(In(key, tuple(map(_scalar, value))))
+            case "equals", _:
+                parts.append(Equals(key, _scalar(value)))
             case "exists", bool():
                 parts.append(Exists(key) if value else Not(Exists(key)))
             case "not", _:
@@ -130,7 +132,7 @@ def _parse_operators(key: str, operators: Mapping[str, object]) -> tuple[Filter,
             case _:
                 raise InvalidRequest(
                     f"filter {{{key!r}: {{{name!r}: {value!r}}}}} is not understood;"
-                    " use gte, gt, lte, lt, in, exists or not"
+                    " use equals, in, gte, gt, lte, lt, exists or not"
                 )
     return tuple(parts)
 

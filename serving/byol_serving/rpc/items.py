@@ -1,11 +1,12 @@
 """Collections' values as messages, and back for the client."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
 from byol_serving.collections.grouping import HitGroup
-from byol_serving.collections.types import CollectionInfo, Hit, Item, Verification
+from byol_serving.collections.types import CollectionInfo, Hit, IndexStats, Item, Verification
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.convert import (
     embeddings_to_tensor,
@@ -40,6 +41,28 @@ def collection_info(message: pb.Collection) -> CollectionInfo:
         index=message.index,
         version=message.version if message.HasField("version") else None,
         recall=message.recall if message.HasField("recall") else None,
+    )
+
+
+def stats_message(stats: IndexStats) -> pb.CollectionStats:
+    """How an index stands."""
+    return pb.CollectionStats(**asdict(stats))
+
+
+def stats_value(message: pb.CollectionStats) -> IndexStats:
+    """The reverse of `stats_message`."""
+    return IndexStats(
+        kind=message.kind,
+        answering=message.answering,
+        wanted=message.wanted,
+        count=message.count,
+        deleted=message.deleted,
+        unabsorbed=message.unabsorbed,
+        effort=message.effort if message.HasField("effort") else None,
+        recall=message.recall,
+        recall_target=message.recall_target,
+        vector_bytes=message.vector_bytes,
+        index_bytes=message.index_bytes,
     )
 
 

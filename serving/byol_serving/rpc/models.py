@@ -6,7 +6,7 @@ one is closed when the last of them has let go.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -48,9 +48,10 @@ class Model:
 class Models:
     """What is loaded. Belongs to one event loop."""
 
-    def __init__(self, default: str = "") -> None:
-        """`default` names the model of requests that name none."""
-        self.default = default
+    def __init__(self) -> None:
+        """Holds nothing yet."""
+        self.default = ""
+        """The model of requests that name none."""
         self._versions: dict[str, dict[str, Model]] = {}
         self._in_use: dict[str, str] = {}
 
@@ -67,6 +68,25 @@ class Models:
             for version in sorted(versions)
         ]
 
+    def remove(self, model: Model) -> None:
+        """Takes a version out: no further request finds it. Who has it keeps it."""
+        versions = self._versions[model.name]
+        del versions[model.version]
+        if not versions:
+            del self._versions[model.name], self._in_use[model.name]
+
+    def use(self, model: Model) -> None:
+        """Makes a loaded version the one that requests without a version get."""
+        self._in_use[model.name] = model.version
+
+    def versions(self, name: str) -> Mapping[str, Model]:
+        """The loaded versions of a model; none if it is unknown."""
+        return dict(self._versions.get(name, {}))
+
+    def in_use(self, name: str) -> str:
+        """The version in use of a model; empty if it is unknown."""
+        return self._in_use.get(name, "")
+
     def is_in_use(self, model: Model) -> bool:
         """Whether requests that name no version get this one."""
         return self._in_use.get(model.name) == model.version
@@ -79,7 +99,10 @@ class Models:
             FailedPrecondition: no name was given, and the server has no default model.
         """
         if not name and self.default not in self._versions:
-            raise FailedPrecondition("this server has no encoder; start it with --bundle")
+            raise FailedPrecondition(
+                "this server has no encoder for requests that name none; start it with --bundle or"
+                " --models, or name one of several"
+            )
         name = name or self.default
         versions = self._versions.get(name)
         if versions is None:

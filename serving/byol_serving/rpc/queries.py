@@ -159,6 +159,7 @@ def _wanted(request: pb.SearchRequest) -> Wanted:
         mmr_candidates=request.mmr_candidates,
         with_metadata=not request.without_metadata,
         with_vectors=request.with_vectors,
+        effort=request.effort or None,
     )
 
 

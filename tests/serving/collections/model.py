@@ -45,7 +45,8 @@ class Model:
     ) -> None:
         """Asks the collection and compares with brute force: the same scores, and true ones."""
         ids = self.matching(condition)
-        found = collection.search(queries, k, condition=condition)
+        # So much effort that approximate indexes are exact: what is checked is what they hold.
+        found = collection.search(queries, k, condition=condition, effort=10_000)
         matrix = np.array([self.vectors[each] for each in ids], np.float32)
         for query, hits in zip(unit(queries), found, strict=True):
             best = np.sort(matrix @ query)[::-1][:k] if ids else np.empty(0, np.float32)

@@ -106,6 +106,7 @@ def test_what_json_lacks_is_refused() -> None:
         ({"label": ["cat", "dog"]}, In("label", ("cat", "dog"))),
         ({"price": {"gte": 3, "lt": 10}}, Range("price", gte=3.0, lt=10.0)),
         ({"label": {"in": ["a"]}}, In("label", ("a",))),
+        ({"label": {"equals": "cat"}}, Equals("label", "cat")),
         ({"label": {"not": "cat"}}, Not(Equals("label", "cat"))),
         ({"price": {"not": {"gt": 2}}}, Not(Range("price", gt=2.0))),
         ({"seen": {"exists": True}}, Exists("seen")),

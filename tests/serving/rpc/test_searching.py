@@ -144,6 +144,18 @@ def test_a_stream_of_searches(client: Client, photos: str) -> None:
         list(client.search_stream(photos, [ROWS[:1], np.ones((2, 3), np.float32)]))
 
 
+def test_the_index_tells_how_it_stands(client: Client, photos: str) -> None:
+    stats = client.stats(photos)
+    assert (stats.kind, stats.answering, stats.wanted, stats.count) == ("flat", "flat", "flat", 40)
+    assert (stats.recall, stats.effort, stats.index_bytes) == (1.0, None, 0)
+    assert stats.vector_bytes >= 40 * 16 * 4
+    assert client.collection(photos).recall == 1.0
+    (hits,) = client.search_many(photos, SearchOptions(k=1, effort=3), ids=["i1"])
+    assert hits[0].id == best(ROWS[1], (1,))[0]
+    with pytest.raises(InvalidRequest, match="effort 0"):
+        client.search_many(photos, SearchOptions(effort=0), ids=["i1"])
+
+
 def test_items_page_by_page(client: Client, photos: str) -> None:
     items = list(client.items(photos, page_size=7, with_vectors=True))
     assert sorted(item.id for item in items) == sorted(IDS)
@@ -213,6 +225,7 @@ async def test_the_asynchronous_client_does_the_same(address: str, photos: str) 
         stream = client.search_stream(photos, batches, SearchOptions(k=1))
         assert [[hits[0].id for hits in found] async for found in stream] == [IDS[:20], IDS[20:]]
         assert len([item async for item in client.items(photos, page_size=11)]) == 40
+        assert (await client.stats(photos)).count == 40
         assert (await client.analysis.duplicates(photos, min_score=1)).items == 40
         assert len(await client.analysis.outliers(photos, limit=3)) == 3
         labels = await client.analysis.classify(photos, [PIXELS[7]], key="label", k=1)

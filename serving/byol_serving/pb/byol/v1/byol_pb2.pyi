@@ -385,7 +385,7 @@ class CreateCollectionRequest(google.protobuf.message.Message):
     encoder_id: builtins.str
     """Empty: the loaded encoder's. Vectors made elsewhere: any name you choose."""
     index: builtins.str
-    """flat (default), hnsw, ivf or auto."""
+    """flat (default), hnsw, hnsw-sq8, ivf, ivf-fp16, ivf-sq8, ivf-pq, ivf-rabitq or auto."""
     def __init__(
         self,
         *,
@@ -412,6 +412,77 @@ class GetCollectionRequest(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
 
 Global___GetCollectionRequest: typing_extensions.TypeAlias = GetCollectionRequest
+
+@typing.final
+class GetCollectionStatsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___GetCollectionStatsRequest: typing_extensions.TypeAlias = GetCollectionStatsRequest
+
+@typing.final
+class CollectionStats(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    ANSWERING_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    DELETED_FIELD_NUMBER: builtins.int
+    UNABSORBED_FIELD_NUMBER: builtins.int
+    EFFORT_FIELD_NUMBER: builtins.int
+    RECALL_FIELD_NUMBER: builtins.int
+    RECALL_TARGET_FIELD_NUMBER: builtins.int
+    VECTOR_BYTES_FIELD_NUMBER: builtins.int
+    INDEX_BYTES_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """what the collection was created with"""
+    answering: builtins.str
+    """what answers searches now"""
+    wanted: builtins.str
+    """what its size calls for; another than `answering` while that is built"""
+    count: builtins.int
+    deleted: builtins.int
+    """not yet squeezed out of the index"""
+    unabsorbed: builtins.int
+    """new, and scanned beside the approximate index"""
+    effort: builtins.int
+    """Lists read (IVF) or width of the walk (HNSW) of a search; absent for an exact index."""
+    recall: builtins.float
+    """recall@10 on held-back queries when the index was built; 1 for an exact one"""
+    recall_target: builtins.float
+    vector_bytes: builtins.int
+    """memory of the float32 vectors"""
+    index_bytes: builtins.int
+    """memory of the approximate index"""
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        answering: builtins.str = ...,
+        wanted: builtins.str = ...,
+        count: builtins.int = ...,
+        deleted: builtins.int = ...,
+        unabsorbed: builtins.int = ...,
+        effort: builtins.int | None = ...,
+        recall: builtins.float = ...,
+        recall_target: builtins.float = ...,
+        vector_bytes: builtins.int = ...,
+        index_bytes: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_effort", b"_effort", "effort", b"effort"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_effort", b"_effort", "answering", b"answering", "count", b"count", "deleted", b"deleted", "effort", b"effort", "index_bytes", b"index_bytes", "kind", b"kind", "recall", b"recall", "recall_target", b"recall_target", "unabsorbed", b"unabsorbed", "vector_bytes", b"vector_bytes", "wanted", b"wanted"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_effort", b"_effort"]) -> typing.Literal["effort"] | None: ...
+
+Global___CollectionStats: typing_extensions.TypeAlias = CollectionStats
 
 @typing.final
 class ListCollectionsRequest(google.protobuf.message.Message):
@@ -831,6 +902,7 @@ class SearchRequest(google.protobuf.message.Message):
     GROUP_SIZE_FIELD_NUMBER: builtins.int
     MMR_LAMBDA_FIELD_NUMBER: builtins.int
     MMR_CANDIDATES_FIELD_NUMBER: builtins.int
+    EFFORT_FIELD_NUMBER: builtins.int
     collection: builtins.str
     k: builtins.int
     """1 .. the collection's size; more is INVALID_ARGUMENT, except with min_score, where k is a limit.
@@ -853,6 +925,8 @@ class SearchRequest(google.protobuf.message.Message):
     """Maximal marginal relevance: 1 ranks by similarity alone, 0 by difference from the hits before."""
     mmr_candidates: builtins.int
     """The nearest so many are the choice; default 4 k, at least 64."""
+    effort: builtins.int
+    """Lists read (IVF) or width of the walk (HNSW) instead of what the index was tuned to."""
     @property
     def queries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Query]: ...
     @property
@@ -878,9 +952,10 @@ class SearchRequest(google.protobuf.message.Message):
         group_size: builtins.int = ...,
         mmr_lambda: builtins.float | None = ...,
         mmr_candidates: builtins.int = ...,
+        effort: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_min_score", b"_min_score", "_mmr_lambda", b"_mmr_lambda", "_version", b"_version", "filter", b"filter", "min_score", b"min_score", "mmr_lambda", b"mmr_lambda", "vectors", b"vectors", "version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_min_score", b"_min_score", "_mmr_lambda", b"_mmr_lambda", "_version", b"_version", "collection", b"collection", "filter", b"filter", "group_by", b"group_by", "group_size", b"group_size", "k", b"k", "min_score", b"min_score", "mmr_candidates", b"mmr_candidates", "mmr_lambda", b"mmr_lambda", "offset", b"offset", "queries", b"queries", "vectors", b"vectors", "version", b"version", "with_vectors", b"with_vectors", "without_metadata", b"without_metadata"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_min_score", b"_min_score", "_mmr_lambda", b"_mmr_lambda", "_version", b"_version", "collection", b"collection", "effort", b"effort", "filter", b"filter", "group_by", b"group_by", "group_size", b"group_size", "k", b"k", "min_score", b"min_score", "mmr_candidates", b"mmr_candidates", "mmr_lambda", b"mmr_lambda", "offset", b"offset", "queries", b"queries", "vectors", b"vectors", "version", b"version", "with_vectors", b"with_vectors", "without_metadata", b"without_metadata"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_score", b"_min_score"]) -> typing.Literal["min_score"] | None: ...
     @typing.overload

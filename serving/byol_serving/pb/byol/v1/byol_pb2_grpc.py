@@ -255,6 +255,11 @@ class CollectionsStub(object):
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionRequest.SerializeToString,
                 response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.Collection.FromString,
                 _registered_method=True)
+        self.GetCollectionStats = channel.unary_unary(
+                '/byol.v1.Collections/GetCollectionStats',
+                request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionStatsRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CollectionStats.FromString,
+                _registered_method=True)
         self.ListCollections = channel.unary_unary(
                 '/byol.v1.Collections/ListCollections',
                 request_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.ListCollectionsRequest.SerializeToString,
@@ -360,6 +365,13 @@ class CollectionsServicer(object):
 
     def GetCollection(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCollectionStats(self, request, context):
+        """How its index stands. FAILED_PRECONDITION where the backend does not tell.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -498,6 +510,11 @@ def add_CollectionsServicer_to_server(servicer, server):
                     servicer.GetCollection,
                     request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionRequest.FromString,
                     response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.Collection.SerializeToString,
+            ),
+            'GetCollectionStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCollectionStats,
+                    request_deserializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionStatsRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CollectionStats.SerializeToString,
             ),
             'ListCollections': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCollections,
@@ -646,6 +663,33 @@ class Collections(object):
             '/byol.v1.Collections/GetCollection',
             byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionRequest.SerializeToString,
             byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.Collection.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCollectionStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/byol.v1.Collections/GetCollectionStats',
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.GetCollectionStatsRequest.SerializeToString,
+            byol__serving_dot_pb_dot_byol_dot_v1_dot_byol__pb2.CollectionStats.FromString,
             options,
             channel_credentials,
             insecure,

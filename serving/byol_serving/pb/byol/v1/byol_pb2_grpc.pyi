@@ -240,6 +240,22 @@ _CollectionsGetCollectionType = typing_extensions.TypeVar(
     ],
 )
 
+_CollectionsGetCollectionStatsType = typing_extensions.TypeVar(
+    '_CollectionsGetCollectionStatsType',
+    grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
+    ],
+)
+
 _CollectionsListCollectionsType = typing_extensions.TypeVar(
     '_CollectionsListCollectionsType',
     grpc.UnaryUnaryMultiCallable[
@@ -528,7 +544,7 @@ _CollectionsRestoreType = typing_extensions.TypeVar(
     ],
 )
 
-class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _CollectionsGetCollectionType, _CollectionsListCollectionsType, _CollectionsDropCollectionType, _CollectionsUpsertType, _CollectionsUpsertStreamType, _CollectionsSetMetadataType, _CollectionsDeleteType, _CollectionsGetType, _CollectionsListItemsType, _CollectionsSearchType, _CollectionsSearchStreamType, _CollectionsFindDuplicatesType, _CollectionsFindOutliersType, _CollectionsClassifyType, _CollectionsVerifyPairsType, _CollectionsCalibratePairsType, _CollectionsVerifyCollectionType, _CollectionsBackupType, _CollectionsRestoreType]):
+class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _CollectionsGetCollectionType, _CollectionsGetCollectionStatsType, _CollectionsListCollectionsType, _CollectionsDropCollectionType, _CollectionsUpsertType, _CollectionsUpsertStreamType, _CollectionsSetMetadataType, _CollectionsDeleteType, _CollectionsGetType, _CollectionsListItemsType, _CollectionsSearchType, _CollectionsSearchStreamType, _CollectionsFindDuplicatesType, _CollectionsFindOutliersType, _CollectionsClassifyType, _CollectionsVerifyPairsType, _CollectionsCalibratePairsType, _CollectionsVerifyCollectionType, _CollectionsBackupType, _CollectionsRestoreType]):
     """Durable collections of vectors with metadata. A write is acknowledged only after it is on disk, and
     is seen by the next search.
     """
@@ -542,6 +558,10 @@ class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _Collecti
         grpc.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.GetCollectionRequest,
             byol_serving.pb.byol.v1.byol_pb2.Collection,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
         ],
         grpc.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.ListCollectionsRequest,
@@ -628,6 +648,10 @@ class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _Collecti
             byol_serving.pb.byol.v1.byol_pb2.Collection,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+            byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             byol_serving.pb.byol.v1.byol_pb2.ListCollectionsRequest,
             byol_serving.pb.byol.v1.byol_pb2.ListCollectionsResponse,
         ],
@@ -705,6 +729,9 @@ class CollectionsStub(typing.Generic[_CollectionsCreateCollectionType, _Collecti
 
     GetCollection: _CollectionsGetCollectionType
 
+    GetCollectionStats: _CollectionsGetCollectionStatsType
+    """How its index stands. FAILED_PRECONDITION where the backend does not tell."""
+
     ListCollections: _CollectionsListCollectionsType
 
     DropCollection: _CollectionsDropCollectionType
@@ -763,6 +790,10 @@ CollectionsAsyncStub: typing_extensions.TypeAlias = CollectionsStub[
     grpc.aio.UnaryUnaryMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.GetCollectionRequest,
         byol_serving.pb.byol.v1.byol_pb2.Collection,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        byol_serving.pb.byol.v1.byol_pb2.CollectionStats,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         byol_serving.pb.byol.v1.byol_pb2.ListCollectionsRequest,
@@ -856,6 +887,14 @@ class CollectionsServicer(metaclass=abc.ABCMeta):
         request: byol_serving.pb.byol.v1.byol_pb2.GetCollectionRequest,
         context: _ServicerContext,
     ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.Collection, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.Collection]]: ...
+
+    @abc.abstractmethod
+    def GetCollectionStats(
+        self,
+        request: byol_serving.pb.byol.v1.byol_pb2.GetCollectionStatsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[byol_serving.pb.byol.v1.byol_pb2.CollectionStats, collections.abc.Awaitable[byol_serving.pb.byol.v1.byol_pb2.CollectionStats]]:
+        """How its index stands. FAILED_PRECONDITION where the backend does not tell."""
 
     @abc.abstractmethod
     def ListCollections(

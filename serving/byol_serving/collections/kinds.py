@@ -1,0 +1,160 @@
+"""The kinds of approximate FAISS index: how each is made, searched and recognised.
+
+| kind         | bytes an item, beside float32 vectors | scores    |
+| hnsw         | 4 D + 272                             | exact     |
+| hnsw-sq8     | D + 272                               | re-ranked |
+| ivf          | 4 D + 8                               | exact     |
+| ivf-fp16     | 2 D + 8                               | re-ranked |
+| ivf-sq8      | D + 8                                 | re-ranked |
+| ivf-pq       | D / 4 + 8  (D even)                   | re-ranked |
+| ivf-rabitq   | D / 8 + 20                            | re-ranked |
+
+Re-ranked: the index gives candidates, whose scores are then computed from the stored float32.
+FAISS's own refined indexes do that too, but cannot leave out what was deleted.
+"""
+
+import math
+from typing import Any, Literal, get_args
+
+import faiss as _faiss
+import numpy as np
+
+from byol_serving.collections.types import Vectors
+
+faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
+
+ApproximateKind = Literal["hnsw", "hnsw-sq8", "ivf", "ivf-fp16", "ivf-sq8", "ivf-pq", "ivf-rabitq"]
+KINDS: tuple[ApproximateKind, ...] = get_args(ApproximateKind)
+
+_LINKS = 32
+_LINK_BYTES = 8 * _LINKS + 16
+_TRAIN_PER_LIST = 64
+_TRAIN_SCALES = 100_000
+_MAX_EFFORT = 4096
+# 4-bit codes are packed for FAISS's fast scan: two dimensions a code.
+_PQ_DIMS = 2
+
+
+def is_graph(kind: ApproximateKind) -> bool:
+    """Whether it is a graph (searched by width), not lists (searched by how many)."""
+    return kind in ("hnsw", "hnsw-sq8")
+
+
+def is_lossy(kind: ApproximateKind) -> bool:
+    """Whether its scores are approximate, so that candidates must be re-ranked."""
+    return kind not in ("hnsw", "ivf")
+
+
+def item_bytes(kind: ApproximateKind, dim: int) -> int:
+    """Memory an item takes in the index, beside its float32 vector; see the table above."""
+    match kind:
+        case "hnsw":
+            return 4 * dim + _LINK_BYTES
+        case "hnsw-sq8":
+            return dim + _LINK_BYTES
+        case "ivf":
+            return 4 * dim + 8
+        case "ivf-fp16":
+            return 2 * dim + 8
+        case "ivf-sq8":
+            return dim + 8
+        case "ivf-pq":
+            return math.ceil(_codes(dim) / 2) + 8
+        case "ivf-rabitq":
+            return math.ceil(dim / 8) + 20
+
+
+def lists_for(count: int) -> int:
+    """How many lists an IVF index of so many items gets."""
+    # FAISS wants 39 training vectors a list.
+    return int(np.clip(min(4 * math.sqrt(count), count // 39), 1, 65_536))
+
+
+def trained(kind: ApproximateKind, vectors: Vectors) -> Any:
+    """An empty index for vectors like these (float32 [N, D])."""
+    count, dim = vectors.shape
+    metric = faiss.METRIC_INNER_PRODUCT
+    lists = f"IVF{lists_for(count)}"
+    match kind:
+        case "hnsw":
+            return faiss.IndexHNSWFlat(dim, _LINKS, metric)
+        case "hnsw-sq8":
+            index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, _LINKS, metric)
+            index.train(_sample(vectors, _TRAIN_SCALES))
+            return index
+        case "ivf":
+            index = faiss.index_factory(dim, f"{lists},Flat", metric)
+        case "ivf-fp16":
+            index = faiss.index_factory(dim, f"{lists},SQfp16", metric)
+        case "ivf-sq8":
+            index = faiss.index_factory(dim, f"{lists},SQ8", metric)
+        case "ivf-pq":
+            index = faiss.index_factory(dim, f"{lists},PQ{_codes(dim)}x4fs", metric)
+        case "ivf-rabitq":
+            index = faiss.index_factory(dim, f"{lists},RaBitQfs", metric)
+    index.cp.spherical = True  # centroids of unit vectors compared by inner product
+    index.train(_sample(vectors, max(lists_for(count) * _TRAIN_PER_LIST, 4096)))
+    return index
+
+
+def parameters(kind: ApproximateKind, effort: int, selector: Any) -> Any:
+    """FAISS's parameters of one search: how wide a graph is walked, or how many lists are read."""
+    if is_graph(kind):
+        return faiss.SearchParametersHNSW(efSearch=effort, sel=selector)
+    return faiss.SearchParametersIVF(nprobe=effort, sel=selector)
+
+
+def efforts(kind: ApproximateKind, index: Any) -> list[int]:
+    """Efforts to try, cheapest first, each about a quarter above the one before."""
+    least, most = (16, 1024) if is_graph(kind) else (1, min(int(index.nlist), _MAX_EFFORT))
+    steps = math.ceil(math.log(most / least, 1.25)) if most > least else 0
+    ladder = {min(most, math.ceil(least * 1.25**step)) for step in range(steps + 1)}
+    return sorted(ladder)
+
+
+def candidates(kind: ApproximateKind, k: int) -> int:
+    """How many an index is asked for, so that the best k by true score are among them."""
+    match kind:
+        case "hnsw" | "ivf":
+            return k
+        case "hnsw-sq8" | "ivf-fp16" | "ivf-sq8":
+            return k + max(8, k // 2)
+        case "ivf-pq":
+            return 4 * k + 16
+        case "ivf-rabitq":  # a bit a dimension
+            return 10 * k + 50
+
+
+def recognised(kind: ApproximateKind, index: Any, dim: int) -> bool:
+    """Whether an index that was read from a file is of this kind."""
+    match kind:
+        case "hnsw":
+            wanted: tuple[Any, str | None] = (faiss.IndexHNSWFlat, None)
+        case "hnsw-sq8":
+            wanted = (faiss.IndexHNSWSQ, None)
+        case "ivf":
+            wanted = (faiss.IndexIVFFlat, None)
+        case "ivf-fp16":
+            wanted = (faiss.IndexIVFScalarQuantizer, "QT_fp16")
+        case "ivf-sq8":
+            wanted = (faiss.IndexIVFScalarQuantizer, "QT_8bit")
+        case "ivf-pq":
+            wanted = (faiss.IndexIVFPQFastScan, None)
+        case "ivf-rabitq":
+            wanted = (faiss.IndexIVFRaBitQFastScan, None)
+    kind_of, scalar = wanted
+    if index.d != dim or not isinstance(index, kind_of):
+        return False
+    return scalar is None or bool(index.sq.qtype == getattr(faiss.ScalarQuantizer, scalar))
+
+
+def _codes(dim: int) -> int:
+    """Codes of a product quantiser, which must divide the dimensions evenly."""
+    return dim // _PQ_DIMS if dim % _PQ_DIMS == 0 else dim
+
+
+def _sample(vectors: Vectors, most: int) -> Vectors:
+    if len(vectors) <= most:
+        return vectors
+    chosen = np.random.default_rng(0).choice(len(vectors), most, replace=False)
+    return vectors[np.sort(chosen)]
