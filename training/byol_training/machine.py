@@ -110,8 +110,8 @@ def bf16_in_hardware() -> bool:
 def _bf16_is_faster() -> bool:
     """Times a convolution both ways, forward and backward: a tenth of a second.
 
-    Having the instructions does not tell: on some processors they run at half float32's rate,
-    and training in bf16 takes 1.4 times as long; on others it takes half.
+    Having the instructions does not tell: on some processors training in bf16 takes 1.4 times as
+    long as in float32, on others half as long.
     """
     convolution = nn.Conv2d(64, 64, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     images = torch.zeros(8, 64, 16, 16).contiguous(memory_format=torch.channels_last)
