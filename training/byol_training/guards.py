@@ -13,8 +13,8 @@ from byol_training.config import TrainConfig
 
 _SETTLED = 20  # steps whose gradients only make the running mean
 _FOLLOW = 0.02  # weight of a step in the running mean, from then on
-# Measured on CIFAR-10, encoder `small`, 64 dimensions, batch 64: a healthy run keeps a spread of 0.8
-# and an effective rank of 17 to 25; with 30 times its learning rate it comes down to 0.4 and 5.
+# Measured on CIFAR-10, encoder `small`, 64 dimensions, batch 64: a healthy run keeps a spread of
+# 0.8 and an effective rank of 17 to 25; with 30 times its learning rate it falls to 0.4 and 5.
 MIN_SPREAD = 0.3
 """Of projections; below is collapse to a point."""
 MIN_RANK_SHARE = 0.1
