@@ -17,7 +17,7 @@ On a machine with an NVIDIA GPU, the 200-epoch recipe (ResNet-18, all 50,000 ima
 import argparse
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -268,24 +268,17 @@ def facts(plan: Plan) -> dict[str, Any]:
 def correlations(results: Results) -> dict[str, dict[str, float]]:
     """Spearman's rank correlation of each label-free measure with kNN accuracy over checkpoints.
 
-    For each run over its own checkpoints, and over those of both together.
+    For each run over its own checkpoints, and over those of both; where there are three at least.
     """
-    groups = {run: results[run] for run in RUNS if len(results.get(run, [])) > 2}
+    groups = {run: results[run] for run in RUNS if run in results}
     groups["both"] = [point for points in groups.values() for point in points]
-    return {
-        measure: {
-            name: spearman(
-                [(each[measure], each["knn_accuracy"]) for each in points if measure in each]
-            )
-            for name, points in groups.items()
-        }
-        for measure in LABEL_FREE
-    }
-
-
-def spearman(pairs: Sequence[tuple[float, float]]) -> float:
-    """Correlation of the ranks, -1 .. 1."""
-    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    found: dict[str, dict[str, float]] = {measure: {} for measure in LABEL_FREE}
+    for measure, by_group in found.items():
+        for name, points in groups.items():
+            pairs = [(each[measure], each["knn_accuracy"]) for each in points if measure in each]
+            if len(pairs) > 2:
+                by_group[name] = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    return found
 
 
 def summary(results: Results) -> str:

@@ -18,7 +18,10 @@ def build(vectors: NDArray[np.float32], picks: NDArray[np.int64], folder: str) -
     ) -> list[list[int]]:
         index.set_ef(effort)
         wanted = None if below is None else (lambda label: bool(picks[label] < below))
-        found, _ = index.knn_query(queries, k=k, filter=wanted)
+        try:
+            found, _ = index.knn_query(queries, k=k, filter=wanted)
+        except RuntimeError:  # it found fewer than k, and then gives none: more effort is needed
+            return [[] for _ in queries]
         ids: list[list[int]] = found.tolist()
         return ids
 

@@ -17,6 +17,7 @@ from byol_serving.collections.exact import (
     Found,
     Positions,
     nearest,
+    nearest_among,
     nothing,
     pack,
     rescored,
@@ -273,8 +274,11 @@ class Approximate:
         number = min(_HELD_BACK, count)
         asked = np.sort(np.random.default_rng(1).choice(count, number, replace=False))
         queries = vectors[asked]
-        dead = 0 if alive is None else count - int(unpack(alive, count).sum())
-        truth = _without(nearest(queries, vectors, k + 1, alive, dead)[1], asked, k)
+        if alive is None:
+            _, best = nearest(queries, vectors, k + 1, None, 0)
+        else:
+            _, best = nearest_among(queries, vectors, np.flatnonzero(unpack(alive, count)), k + 1)
+        truth = _without(best, asked, k)
         tried = (1, 0.0)
         for effort in kinds.efforts(self.kind, self._index):
             if effort < least:
