@@ -44,7 +44,7 @@ def choose_machine(device: str, precision: Precision) -> Machine:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         chosen = torch.device(name)
-        if name == "cuda":
+        if name == "cuda":  # this process's own, of several
             chosen = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
