@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 HERE = Path(__file__).parent
-PEER_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
+PEER_PYTHON = Path(os.environ.get("PEER_PYTHON", HERE.parent / ".venv-peers" / "bin" / "python"))
+"""The peers' environment; the variable of the same name chooses another."""
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,32 @@
 """hnswlib, answering the requests of benchmarks/search.py."""
 
-import json
-import sys
-import time
-from typing import Any
-
 import hnswlib
 import numpy as np
+from numpy.typing import NDArray
+
+from search_loop import Search, serve
 
 
-def main() -> None:
-    """The first line builds, each further one measures a round of queries."""
-    setup = json.loads(sys.stdin.readline())
-    vectors, queries = np.load(setup["vectors"]), np.load(setup["queries"])
+def build(vectors: NDArray[np.float32], picks: NDArray[np.int64], folder: str) -> Search:
+    """In memory only: it has no store. Its filter is a Python function called for each item."""
     index = hnswlib.Index(space="ip", dim=vectors.shape[1])
     index.init_index(max_elements=len(vectors), M=32, ef_construction=200)
-    started = time.perf_counter()
     index.add_items(vectors)
-    answer({"build_s": time.perf_counter() - started})
-    for line in sys.stdin:
-        request = json.loads(line)
-        index.set_ef(request["ef"])
-        index.set_num_threads(request["threads"])
-        started = time.perf_counter()
-        found, _ = index.knn_query(queries, k=request["k"])
-        seconds = time.perf_counter() - started
-        answer({"queries_per_s": len(queries) / seconds, "ids": found.tolist()})
 
+    def search(
+        queries: NDArray[np.float32], k: int, effort: int, below: int | None
+    ) -> list[list[int]]:
+        index.set_ef(effort)
+        wanted = None if below is None else (lambda label: bool(picks[label] < below))
+        try:
+            found, _ = index.knn_query(queries, k=k, filter=wanted)
+        except RuntimeError:  # it found fewer than k, and then gives none: more effort is needed
+            return [[] for _ in queries]
+        ids: list[list[int]] = found.tolist()
+        return ids
 
-def answer(result: dict[str, Any]) -> None:
-    """One JSON object, one line."""
-    print(json.dumps(result), flush=True)
+    return search
 
 
 if __name__ == "__main__":
-    main()
+    serve(build)

@@ -17,6 +17,7 @@ from byol_serving.collections.exact import (
     Found,
     Positions,
     nearest,
+    nearest_among,
     nothing,
     pack,
     rescored,
@@ -49,24 +50,25 @@ class ReadersWriter:
         self._readers = 0
         self._waiting = 0
         self._writing = False
+        self.reading = _Reading(self)
+        """Held together with other readers: `with lock.reading`."""
 
-    @contextmanager
-    def read(self) -> Iterator[None]:
-        """Held together with other readers."""
+    def begin_reading(self) -> None:
+        """Waits until nobody writes or is about to."""
         with self._changed:
             while self._writing or self._waiting:
                 self._changed.wait()
             self._readers += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._readers -= 1
-                if not self._readers:
-                    self._changed.notify_all()
+
+    def end_reading(self) -> None:
+        """Lets a waiting writer go on."""
+        with self._changed:
+            self._readers -= 1
+            if not self._readers and self._waiting:
+                self._changed.notify_all()
 
     @contextmanager
-    def write(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """Held alone."""
         with self._changed:
             self._waiting += 1
@@ -80,6 +82,19 @@ class ReadersWriter:
             with self._changed:
                 self._writing = False
                 self._changed.notify_all()
+
+
+class _Reading:
+    """The reader's side as a context: a generator's would cost each search some microseconds."""
+
+    def __init__(self, lock: ReadersWriter) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock.begin_reading()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.end_reading()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +183,7 @@ class Approximate:
             if stopping():
                 return
             share_cores(1)
-            with self.lock.write():
+            with self.lock.writing():
                 self._index.add(vectors[start : start + step])
 
     def search(
@@ -193,16 +208,17 @@ class Approximate:
         """
         share_cores(len(queries))
         if effort is None:
-            effort = self._widened(max(kept, 0.05))
+            effort = self.tuning.effort if kept == 1 else self._widened(max(kept, 0.05))
         covered = min(self.size, len(vectors))
         bits = alive if alive is None or covered == len(vectors) else _first(alive, covered)
+        if len(queries) <= _SEARCH_AT_ONCE:
+            return self._search(queries, k, vectors, covered, bits, effort), covered
         found = nothing(len(queries), k)
         for start in range(0, len(queries), _SEARCH_AT_ONCE):
             some = slice(start, start + _SEARCH_AT_ONCE)
-            answer = self._search(queries[some], k, covered, bits, effort)
-            if kinds.is_lossy(self.kind):
-                answer = rescored(queries[some], vectors, answer[1], k)
-            found[0][some], found[1][some] = answer
+            found[0][some], found[1][some] = self._search(
+                queries[some], k, vectors, covered, bits, effort
+            )
         return found, covered
 
     def _widened(self, kept: float) -> int:
@@ -212,7 +228,13 @@ class Approximate:
         return math.ceil(tuned.effort * float(wider ** -math.log10(kept)))
 
     def _search(
-        self, queries: Vectors, k: int, covered: int, bits: Bits | None, effort: int
+        self,
+        queries: Vectors,
+        k: int,
+        vectors: Vectors,
+        covered: int,
+        bits: Bits | None,
+        effort: int,
     ) -> Found:
         count = kinds.candidates(self.kind, k)
         if kinds.is_graph(self.kind):
@@ -220,13 +242,15 @@ class Approximate:
             effort = max(effort, count if count <= _RECALL_AT + 1 else 2 * count)
         else:
             effort = min(effort, int(self._index.nlist))
-        with self.lock.read():
+        with self.lock.reading:
             if bits is None and self.size > covered:  # it grew meanwhile, beyond the caller's view
                 selector = faiss.IDSelectorRange(0, covered)
             else:
                 selector = None if bits is None else faiss.IDSelectorBitmap(bits)
             parameters = kinds.parameters(self.kind, effort, selector)
             scores, positions = self._index.search(queries, count, params=parameters)
+        if kinds.is_lossy(self.kind):
+            return rescored(queries, vectors, positions, k)
         scores[positions < 0] = -np.inf
         return scores, positions
 
@@ -250,8 +274,11 @@ class Approximate:
         number = min(_HELD_BACK, count)
         asked = np.sort(np.random.default_rng(1).choice(count, number, replace=False))
         queries = vectors[asked]
-        dead = 0 if alive is None else count - int(unpack(alive, count).sum())
-        truth = _without(nearest(queries, vectors, k + 1, alive, dead)[1], asked, k)
+        if alive is None:
+            _, best = nearest(queries, vectors, k + 1, None, 0)
+        else:
+            _, best = nearest_among(queries, vectors, np.flatnonzero(unpack(alive, count)), k + 1)
+        truth = _without(best, asked, k)
         tried = (1, 0.0)
         for effort in kinds.efforts(self.kind, self._index):
             if effort < least:

@@ -222,17 +222,17 @@ def test_many_read_or_one_writes() -> None:
     lock, inside, order = ReadersWriter(), threading.Barrier(3, timeout=10), []
 
     def read() -> None:
-        with lock.read():
+        with lock.reading:
             inside.wait()  # both readers and the test are here: they share
 
     def write() -> None:
-        with lock.write():
+        with lock.writing():
             order.append("write")
 
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
         reader.start()
-    with lock.read():
+    with lock.reading:
         writer = threading.Thread(target=write)
         writer.start()
         writer.join(0.05)

@@ -16,7 +16,7 @@ import pytest
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from byol_serving.client import AsyncClient, ClientTls, Retry
+from byol_serving.client import AsyncClient, ClientTls, Retry, SearchOptions
 from byol_serving.client_admin import AdminClient
 from byol_serving.config import ServeConfig, TlsConfig, is_loopback
 from byol_serving.errors import Forbidden, InvalidConfig, Overloaded, Unauthenticated, Unavailable
@@ -69,8 +69,13 @@ async def test_scopes_decide_who_may_call_what(
                 await client.create_collection("c")
         async with connect(writer) as client:
             await client.create_collection("c")
+            await client.upsert("c", ["a"], images=PIXELS[:1])
             with pytest.raises(Forbidden, match="needs read"):
                 await client.collections()
+        with AdminClient(running.address, token=reader, retry=ONCE) as blocking:
+            batches = [reference(PIXELS[:1])] * 2
+            answers = blocking.search_stream("c", batches, SearchOptions(k=1))
+            assert [hits[0].id for (hits,) in await asyncio.to_thread(list, answers)] == ["a", "a"]
         with AdminClient(running.address, token=chief, retry=ONCE) as admin:
             assert (await asyncio.to_thread(admin.models))[0].name == "tiny"
         with (

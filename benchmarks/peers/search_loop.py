@@ -1,0 +1,50 @@
+"""What every search peer does: build once, then answer rounds of queries that are timed here."""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Search: TypeAlias = Callable[[NDArray[np.float32], int, int, int | None], list[list[int]]]
+"""(queries, k, effort, below) -> ids; `below` keeps the items whose `pick` is less."""
+Build: TypeAlias = Callable[[NDArray[np.float32], NDArray[np.int64], str], Search]
+
+
+def serve(build: Build) -> None:
+    """The first line builds, each further one measures a round."""
+    setup = json.loads(sys.stdin.readline())
+    vectors, picks = np.load(setup["vectors"]), np.load(setup["picks"])
+    queries = np.load(setup["queries"])
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        search = build(vectors, picks, folder)
+        seconds = time.perf_counter() - started
+        del vectors
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        answer({"build_s": seconds, "peak_mb": peak})
+        for line in sys.stdin:
+            answer(measured(search, queries, json.loads(line)))
+
+
+def measured(
+    search: Search, queries: NDArray[np.float32], request: dict[str, Any]
+) -> dict[str, Any]:
+    """One round: the first `count` queries in batches."""
+    batch, asked = request["batch"], queries[: request["count"]]
+    ids: list[list[int]] = []
+    started = time.perf_counter()
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        ids += search(part, request["k"], request["effort"], request["below"])
+    return {"queries_per_s": len(asked) / (time.perf_counter() - started), "ids": ids}
+
+
+def answer(result: dict[str, Any]) -> None:
+    """One JSON object, one line."""
+    print(json.dumps(result), flush=True)

@@ -1,0 +1,93 @@
+"""Vectors for benchmarks/search.py: synthetic ones that are not too kind, and real pictures."""
+
+import io
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss as _faiss
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
+
+Vectors = NDArray[np.float32]
+CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "train.tar"
+DIM = 128
+PICKS = 1000
+"""Items carry `pick`, 0 to 999 evenly: `pick < n` keeps n in a thousand."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is searched, and what is asked."""
+
+    name: str
+    vectors: Vectors
+    queries: Vectors
+    picks: NDArray[np.int64]
+
+    def truth(self, count: int, k: int, below: int | None) -> NDArray[np.int64]:
+        """The right ids of the first queries, [count, k], by brute force."""
+        kept = np.arange(len(self.vectors)) if below is None else np.flatnonzero(self.picks < below)
+        _, found = faiss.knn(
+            self.queries[:count], self.vectors[kept], k, faiss.METRIC_INNER_PRODUCT
+        )
+        ids: NDArray[np.int64] = kept[found]
+        return ids
+
+
+def clustered(count: int, queries: int) -> Data:
+    """Clusters of very different sizes, each spread along a few shared directions, plus noise.
+
+    So lists are uneven and neighbours reach across them, as with learned embeddings. Separate
+    Gaussian balls, the usual choice, let an inverted file find everything in its first list.
+    """
+    shared = np.random.default_rng(0)
+    centres = shared.standard_normal((2000, DIM)) * 0.6
+    directions = shared.standard_normal((24, DIM)) / np.sqrt(24)
+    sizes = shared.pareto(1.2, 2000) + 0.05
+
+    def draw(number: int, seed: int) -> Vectors:
+        generator = np.random.default_rng(seed)
+        rows = np.empty((number, DIM), np.float32)
+        for start in range(0, number, 50_000):  # in pieces: float64 of a million takes 1 GB
+            size = min(50_000, number - start)
+            rows[start : start + size] = (
+                centres[generator.choice(2000, size, p=sizes / sizes.sum())]
+                + generator.standard_normal((size, 24)) @ directions
+                + generator.standard_normal((size, DIM)) * 0.25
+            )
+        return _unit(rows)
+
+    return _data(f"{count:,} x {DIM} clustered", draw(count, 1), draw(queries, 2))
+
+
+def pictures(queries: int) -> Data:
+    """CIFAR-10's training images as pixels, reduced to 128 principal components."""
+    rows = []
+    with tarfile.open(CIFAR) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isfile() else None
+            if file is not None:
+                with Image.open(io.BytesIO(file.read())) as image:
+                    rows.append(np.asarray(image.convert("RGB").reduce(2), np.float32).ravel())
+    pixels = np.stack(rows)
+    pixels -= pixels.mean(axis=0)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    _, vectors = np.linalg.eigh(pixels.T @ pixels)
+    reduced = _unit(np.ascontiguousarray((pixels @ vectors[:, -DIM:])[order], np.float32))
+    name = f"{len(reduced) - queries:,} x {DIM} CIFAR-10 pixels"
+    return _data(name, reduced[queries:], reduced[:queries])
+
+
+def _data(name: str, vectors: Vectors, queries: Vectors) -> Data:
+    picks = np.random.default_rng(3).integers(0, PICKS, len(vectors))
+    return Data(name, np.ascontiguousarray(vectors), np.ascontiguousarray(queries), picks)
+
+
+def _unit(rows: Vectors) -> Vectors:
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
