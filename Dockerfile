@@ -25,11 +25,13 @@ ENV PATH=/opt/byol/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     BYOL_SERVE_BUNDLE=/bundle \
     BYOL_SERVE_STORE=/store \
-    BYOL_SERVE_HOST=0.0.0.0
+    BYOL_SERVE_HOST=0.0.0.0 \
+    BYOL_SERVE_METRICS_PORT=9090
 USER 10001
 VOLUME /store
-EXPOSE 50051
-HEALTHCHECK --start-period=30s CMD ["byol", "collections", "list", "--json"]
+EXPOSE 50051 9090
+HEALTHCHECK --start-period=30s CMD ["python", "-c", \
+    "from urllib.request import urlopen; urlopen('http://127.0.0.1:9090/readyz', timeout=3)"]
 # Not a shell: SIGTERM must reach the server, which then drains.
 ENTRYPOINT ["byol"]
 CMD ["serve"]

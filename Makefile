@@ -4,15 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= default
 OUT ?= demo-out
+EXTRAS := cpu,training,timm,tensorboard,parquet,remote,ray,milvus,otel,demo,dev
 
-.PHONY: help venv demo test check format protos bench-peers clean
+.PHONY: help venv demo test crash-test soak check format protos bench-peers clean
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,training,parquet,demo,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 venv: $(BIN)/.installed ## a virtual environment with everything
 
@@ -21,6 +22,12 @@ demo: venv ## pretrain, export, serve, index and search (DATA=folder|tar|cifar10
 
 test: venv ## all tests
 	$(BIN)/python -m pytest
+
+crash-test: venv ## kill a writer 200 times, and see that no acknowledged write is lost
+	$(BIN)/python tests/serving/collections/crash/run.py --kills 200
+
+soak: venv ## five minutes of twice the load a server can take, of every unkind sort
+	cd tests && ../$(BIN)/python -m soak.run --seconds 300
 
 check: venv ## lint, types, import boundaries, generated code up to date
 	$(BIN)/ruff check .

@@ -5,8 +5,9 @@
 Both learn from the same files with the same encoder from the same initial weights, with the same
 batch size and number of steps, each with its own published settings (lightly's: see
 peers/lightly_quality.py), at the same time in two processes. After every epoch the encoder is kept;
-kept encoders are then scored by the same code, with labels and without, and the curves drawn. What
-exists is not done again; `--score-only` scores and draws what there is so far.
+kept encoders are then scored by the same code, with labels and without, and the curves drawn. A
+run of ours that was stopped goes on, lightly's begins anew unless it is finished; `--score-only`
+scores what is not scored yet, and draws what there is so far.
 
 On a machine with an NVIDIA GPU, the 200-epoch recipe (ResNet-18, all 50,000 images, batch 256):
 
@@ -16,32 +17,37 @@ On a machine with an NVIDIA GPU, the 200-epoch recipe (ResNet-18, all 50,000 ima
 import argparse
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from proof_picture import Curve, draw
 from scipy.stats import spearmanr
 
 import harness
-from byol_serving.images import Preprocess
+from byol_serving.images import Pixels, Preprocess
 from byol_training import evaluate
 from byol_training.byol import Byol
-from byol_training.config import AugmentConfig, OptimizerConfig, TrainConfig, ViewConfig
-from byol_training.curves import ticks
-from byol_training.data import Images, list_images, load_images
+from byol_training.config import AugmentConfig, TrainConfig
+from byol_training.data import Images, common_labels, list_images, load_images
 from byol_training.evaluate import Embed, Subject, pixel_embeddings, untrained
-from byol_training.neighbours import Embeddings, neighbour_stability
+from byol_training.neighbours import Embeddings, knn_accuracy, neighbour_stability
 from byol_training.pretrain import pretrain
+from byol_training.recipes import load_recipe
 from byol_training.served import ServedEncoder
+from byol_training.whitening import fit_whitening
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 SIZE = 32
 RUNS = ("ours", "lightly")
 COLOURS = {"ours": "#1f6fc4", "lightly": "#c2410c"}
 LABEL_FREE = ("view_retrieval", "rankme", "alignment", "uniformity", "spread", "stability")
+WHITEN_EVERY = 8  # epochs: it takes every embedding once more
+IMAGENET = AugmentConfig()
+"""Its mean and std are what the encoders of both runs are given."""
 Results = dict[str, Any]
 
 
@@ -66,7 +72,7 @@ def main() -> None:
     if plan.train:
         train(plan, bank)
     results = score(plan, bank, load(CIFAR / "test.tar", plan.queries))
-    (plan.out / "curves.svg").write_text(draw(results))
+    (plan.out / "curves.svg").write_text(picture(results))
     print(summary(results))
 
 
@@ -101,18 +107,10 @@ def cpu_config(epochs: int) -> TrainConfig:
 
 
 def gpu_config() -> TrainConfig:
-    """solo-learn's CIFAR-10 settings (scripts/pretrain/cifar/byol.yaml) for 200 epochs."""
-    view = ViewConfig(saturation=0.2, blur_p=0.0)
-    return TrainConfig(
-        encoder="resnet18",
-        stem="small",
-        image_size=SIZE,
-        batch_size=256,
-        epochs=200,
-        optimizer=OptimizerConfig(lr=1.0, trust_coefficient=0.02, weight_decay=1e-5),
-        augment=AugmentConfig(first=view, second=replace(view, solarise_p=0.2)),
-        device="cuda",
-    )
+    """The recipe `cifar` (solo-learn's settings) for 200 epochs, normalised as lightly's views."""
+    config = load_recipe("cifar").config
+    augment = replace(config.augment, mean=IMAGENET.mean, std=IMAGENET.std)
+    return replace(config, epochs=200, device="cuda", augment=augment)
 
 
 def load(source: Path, count: int) -> Images:
@@ -152,6 +150,8 @@ def train_peer(plan: Plan, bank: Images) -> None:
     """The same number of steps, in lightly's environment."""
     keep = snapshots(plan, "lightly")
     per_epoch = plan.images // plan.config.batch_size
+    if keep(per_epoch * plan.config.epochs).exists():
+        return
     np.save(plan.out / "pixels.npy", bank.pixels)
     setup: dict[str, Any] = {
         "pixels": str(plan.out / "pixels.npy"),
@@ -178,38 +178,72 @@ def snapshots(plan: Plan, run: str) -> Callable[[int], Path]:
 def score(plan: Plan, bank: Images, queries: Images) -> Results:
     """Scores every kept encoder that is not scored yet; results.json is written after each."""
     file = plan.out / "results.json"
+    results: Results = json.loads(file.read_text()) if file.exists() else {"facts": facts(plan)}
     network = untrained(plan.config).to(plan.config.device)
     subject = Subject(
         preprocess=Preprocess(size=SIZE), embed=network.embed, augment=plan.config.augment
     )
-
-    def measure(embed: Embed, *, probes: bool = False) -> dict[str, float]:
-        return evaluate.score(embed, subject, bank, queries, probes=probes)
-
-    if file.exists():
-        results: Results = json.loads(file.read_text())
-    else:
-        start = {"step": 0, **measure(network.embed)}
-        results = {"facts": facts(plan), "pixels": measure(pixel_embeddings), "untrained": start}
-    for run in RUNS:
+    baselines: dict[str, Embed] = {
+        "untrained": network.embed,
+        "pixels": pixel_embeddings,
+        "standardised": standardised(bank),
+    }
+    for name, embed in baselines.items():
+        if name not in results:
+            scores = evaluate.score(embed, subject, bank, queries, probes=False)
+            results[name] = {"step": 0, **scores}
+    before: dict[str, Embeddings] = {}
+    for path in kept(plan):
+        run, step = path.parent.name, int(path.stem)
         scored = results.setdefault(run, [])
-        paths = sorted((plan.out / "snapshots" / run).glob("*.pt"))[plan.every - 1 :: plan.every]
-        for place, path in enumerate(paths):
-            if place < len(scored):
-                continue
-            before = load_into(network, paths[place - 1], queries) if place else None
-            after = load_into(network, path, queries)
-            step = int(path.stem)
-            last = step == results["facts"]["steps"]
-            point = {"step": step, **measure(network.embed, probes=last)}
-            if before is not None:
-                point["stability"] = neighbour_stability(before, after)
-            scored.append(point)
-            print(f"{run} {step}: kNN {point['knn_accuracy']:.4f}", flush=True)
-            file.write_text(json.dumps(results, indent=1) + "\n")
+        if any(point["step"] == step for point in scored):
+            continue
+        if scored and run not in before:  # stopped here last time
+            before[run] = load_into(network, path.with_stem(f"{scored[-1]['step']:06d}"), queries)
+        after = load_into(network, path, queries)
+        last = step == results["facts"]["steps"]
+        point = {"step": step, **evaluate.score(network.embed, subject, bank, queries, probes=last)}
+        if step % (WHITEN_EVERY * (plan.images // plan.config.batch_size)) == 0:
+            point["whitened_knn_accuracy"] = whitened_accuracy(network, bank, queries)
+        if run in before:
+            point["stability"] = neighbour_stability(before[run], after)
+        before[run] = after
+        scored.append(point)
+        print(f"{run} {step}: kNN {point['knn_accuracy']:.4f}", flush=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")
     results["spearman"] = correlations(results)
     file.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def whitened_accuracy(network: ServedEncoder, bank: Images, queries: Images) -> float:
+    """Accuracy by kNN as `byol export --whiten` would serve the network, fitted on the bank."""
+    labels = common_labels(bank, queries)
+    assert labels is not None
+    rows = network.embed(bank.pixels, normalised=False)
+    white = ServedEncoder(network.encoder, IMAGENET.mean, IMAGENET.std, fit_whitening(rows))
+    white.to(network.scale.device)
+    return knn_accuracy(white.embed(bank.pixels), labels[0], white.embed(queries.pixels), labels[1])
+
+
+def standardised(bank: Images) -> Embed:
+    """Pixels, each made mean 0 and deviation 1 over the bank; the other baseline, weaker here."""
+    mean, std = bank.pixels.mean(axis=0), bank.pixels.std(axis=0)
+
+    def embed(pixels: Pixels) -> Embeddings:
+        rows = ((pixels - mean) / std).reshape(len(pixels), -1)
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+    return embed
+
+
+def kept(plan: Plan) -> list[Path]:
+    """Weights to score, early ones first: curves that are stopped end at the same step."""
+    paths: list[Path] = []
+    for run in RUNS:
+        every = sorted((plan.out / "snapshots" / run).glob("*.pt"))
+        paths += every[plan.every - 1 :: plan.every]
+    return sorted(paths, key=lambda path: (path.stem, path.parent.name))
 
 
 def load_into(network: ServedEncoder, weights: Path, images: Images) -> Embeddings:
@@ -234,36 +268,29 @@ def facts(plan: Plan) -> dict[str, Any]:
 def correlations(results: Results) -> dict[str, dict[str, float]]:
     """Spearman's rank correlation of each label-free measure with kNN accuracy over checkpoints.
 
-    For each run over its own checkpoints, and over those of both together.
+    For each run over its own checkpoints, and over those of both; where there are three at least.
     """
-    groups = {run: results[run] for run in RUNS if len(results[run]) > 2}
-    groups["both"] = [point for run in RUNS for point in results[run]]
-    return {
-        measure: {
-            name: spearman(
-                [(each[measure], each["knn_accuracy"]) for each in points if measure in each]
-            )
-            for name, points in groups.items()
-        }
-        for measure in LABEL_FREE
-    }
-
-
-def spearman(pairs: Sequence[tuple[float, float]]) -> float:
-    """Correlation of the ranks, -1 .. 1."""
-    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    groups = {run: results[run] for run in RUNS if run in results}
+    groups["both"] = [point for points in groups.values() for point in points]
+    found: dict[str, dict[str, float]] = {measure: {} for measure in LABEL_FREE}
+    for measure, by_group in found.items():
+        for name, points in groups.items():
+            pairs = [(each[measure], each["knn_accuracy"]) for each in points if measure in each]
+            if len(pairs) > 2:
+                by_group[name] = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    return found
 
 
 def summary(results: Results) -> str:
     """A few lines for the terminal."""
     lines = [
-        f"kNN accuracy: pixels {results['pixels']['knn_accuracy']:.4f},"
-        f" untrained {results['untrained']['knn_accuracy']:.4f}"
+        f"kNN accuracy: {name} {results[name]['knn_accuracy']:.4f}"
+        for name in ("untrained", "pixels", "standardised")
     ]
     lines += [
         f"  {run} at step {results[run][-1]['step']}: {results[run][-1]['knn_accuracy']:.4f}"
         for run in RUNS
-        if results[run]
+        if run in results
     ]
     lines.append("Spearman correlation with kNN accuracy over checkpoints")
     for measure, found in results["spearman"].items():
@@ -272,51 +299,23 @@ def summary(results: Results) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Results) -> str:
-    """Both curves and the baselines as one SVG, readable on white and on black."""
-    curves = {run: [results["untrained"], *results[run]] for run in RUNS if results[run]}
-    values = [point["knn_accuracy"] for curve in curves.values() for point in curve]
-    base = {"raw pixels": results["pixels"]["knn_accuracy"]}
-    x_ticks = ticks(0, results["facts"]["steps"], 5)
-    y_ticks = ticks(min(*values, *base.values()), max(*values, *base.values()), 5, padded=True)
-
-    def place(step: float, accuracy: float) -> str:
-        x = 60 + step / x_ticks[-1] * 560
-        return f"{x:.1f} {370 - (accuracy - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * 320:.1f}"
-
-    parts = [
-        f'<path d="M{place(0, tick)}H620" stroke="#ddd"/>'
-        f'<text x="52" y="{float(place(0, tick).split()[1]) + 4:.1f}" text-anchor="end">'
-        f"{100 * tick:.0f}%</text>"
-        for tick in y_ticks
-    ]
-    parts += [
-        f'<text x="{place(tick, 0).split()[0]}" y="390" text-anchor="middle">{tick:,.0f}</text>'
-        for tick in x_ticks
-    ]
-    for name, accuracy in base.items():
-        height = float(place(0, accuracy).split()[1])
-        parts.append(
-            f'<path d="M{place(0, accuracy)}H620" stroke="#666" stroke-dasharray="5 4"/>'
-            f'<text x="626" y="{height + 4:.1f}">{name} {100 * accuracy:.1f}%</text>'
-        )
-    for run, curve in curves.items():
-        points = [place(point["step"], point["knn_accuracy"]) for point in curve]
-        x, y = map(float, points[-1].split())
-        end = f"{run} {100 * curve[-1]['knn_accuracy']:.1f}%"
-        line = f'fill="none" stroke="{COLOURS[run]}" stroke-width="2.5"'
-        parts.append(
-            f'<path d="M{"L".join(points)}" {line}/>'
-            f'<circle cx="{x}" cy="{y}" r="4" fill="{COLOURS[run]}"/>'
-            f'<text x="{x + 8}" y="{y + 4}" fill="{COLOURS[run]}" font-weight="600">{end}</text>'
-        )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 420" font-size="13"'
-        ' font-family="sans-serif" fill="#222"><rect width="780" height="420" fill="#fff"/>'
-        '<text x="60" y="24" font-size="15" font-weight="600">kNN accuracy on CIFAR-10 test images'
-        f" by training step</text>{''.join(parts)}"
-        '<text x="340" y="410" text-anchor="middle">optimiser steps</text></svg>\n'
-    )
+def picture(results: Results) -> str:
+    """Both curves, as they are and whitened, over the baselines."""
+    curves = {}
+    for run in (run for run in RUNS if run in results):
+        points = results[run]
+        plain = [(p["step"], p["knn_accuracy"]) for p in [results["untrained"], *points]]
+        key = "whitened_knn_accuracy"
+        white = [(p["step"], p[key]) for p in points if key in p]
+        curves[run] = Curve(points=plain, colour=COLOURS[run])
+        if white:
+            curves[f"{run}, whitened"] = Curve(points=white, colour=COLOURS[run], dashed=True)
+    levels = {
+        "pixels, per image": results["pixels"]["knn_accuracy"],
+        "pixels, standardised": results["standardised"]["knn_accuracy"],
+    }
+    title = "kNN accuracy on CIFAR-10 test images while training"
+    return draw(title, results["facts"]["steps"], curves, levels)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,12 @@ import torch
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.utils import update_momentum
 from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+from lightly_peer import Byol, answer
 from PIL import Image
 from torch import Tensor
 
-BENCHMARKS = Path(__file__).parents[1]
-sys.path[:0] = [
-    str(BENCHMARKS),
-    *(str(BENCHMARKS.parent / each) for each in ("training", "serving")),
-]
-
-from peers.lightly_peer import Byol, answer  # noqa: E402 - likewise
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / each) for each in ("training", "serving")]
 
 from byol_training.encoders import build_encoder  # noqa: E402 - found by the line above
 

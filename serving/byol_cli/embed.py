@@ -1,27 +1,17 @@
 """`byol embed`: from a folder, archive or bucket to files of vectors."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
-from byol_cli.offline import (
-    encoder_options,
-    finish,
-    load_encoders,
-    offline_bar,
-    plan_options,
-    quiet_option,
-)
+from byol_cli.offline import Engine, engine_options, finish, offline_bar, plan_options, quiet_option
 from byol_cli.output import json_option
-
-if TYPE_CHECKING:
-    from byol_serving.encoder import Device
 
 
 @click.command()
 @click.argument("source")
-@encoder_options
+@engine_options
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -42,8 +32,7 @@ if TYPE_CHECKING:
 def command(
     source: str,
     bundle_path: Path,
-    device: "Device",
-    threads: int,
+    engine: Engine,
     out: Path,
     kind: Literal["parquet", "npy"],
     quiet: bool,
@@ -58,9 +47,9 @@ def command(
     \b
     Example:  byol embed photos --bundle bundles/photos --out vectors
               byol embed s3://bucket/photos --bundle bundles/photos --out vectors --sync
+              byol embed photos --bundle bundles/photos --out vectors --engine ray
     """
     from byol_serving.bundle import load_bundle
-    from byol_serving.indexing.pipeline import run
     from byol_serving.indexing.plan import EmbedPlan
     from byol_serving.indexing.sinks import NpySink, ParquetSink
 
@@ -68,7 +57,6 @@ def command(
     bundle = load_bundle(bundle_path)
     info = bundle.info
     sink = ParquetSink(info.dim, info.encoder_id) if kind == "parquet" else NpySink(info.dim)
-    encoders = load_encoders(bundle, device, threads)
     with offline_bar(quiet or as_json) as on_progress:
-        summary = run(plan, encoders, sink, on_progress=on_progress)
+        summary = engine.run(plan, bundle, sink, on_progress)
     finish(summary, as_json)

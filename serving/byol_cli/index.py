@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from byol_cli.offline import (
-    encoder_options,
-    finish,
-    load_encoders,
-    offline_bar,
-    plan_options,
-    quiet_option,
-)
+from byol_cli.offline import Engine, engine_options, finish, offline_bar, plan_options, quiet_option
 from byol_cli.options import index_option
 from byol_cli.output import json_option
 
@@ -28,13 +21,12 @@ if TYPE_CHECKING:
     from byol_serving.bundle import BundleInfo
     from byol_serving.client import Client
     from byol_serving.collections.types import CollectionInfo, IndexKind, Metadata
-    from byol_serving.encoder import Device
     from byol_serving.indexing.sinks import Target
 
 
 @click.command()
 @click.argument("source")
-@encoder_options
+@engine_options
 @click.option("--collection", "-c", required=True, help="Collection; made if it is not there.")
 @click.option(
     "--store",
@@ -57,8 +49,7 @@ if TYPE_CHECKING:
 def command(
     source: str,
     bundle_path: Path,
-    device: "Device",
-    threads: int,
+    engine: Engine,
     collection: str,
     store: Path | None,
     server: str,
@@ -78,7 +69,6 @@ def command(
               byol index photos --bundle bundles/photos --server 127.0.0.1:50051 -c photos --sync
     """
     from byol_serving.bundle import load_bundle
-    from byol_serving.indexing.pipeline import run
     from byol_serving.indexing.plan import EmbedPlan
     from byol_serving.indexing.sinks import CollectionSink
     from byol_serving.indexing.sources import open_source
@@ -86,7 +76,6 @@ def command(
     columns = {key: settings[key] for key in ("image_column", "id_column")}
     place = hashlib.sha256(open_source(source, **columns).location.encode()).hexdigest()[:16]
     bundle = load_bundle(bundle_path)
-    encoders = load_encoders(bundle, device, threads)
     opened = (
         _in_store(store, collection, bundle.info, index)
         if store is not None
@@ -94,7 +83,8 @@ def command(
     )
     with opened as (target, folder), offline_bar(quiet or as_json) as on_progress:
         plan = EmbedPlan(source=source, out=journal or folder / place, **settings)
-        summary = run(plan, encoders, CollectionSink(collection, target), on_progress=on_progress)
+        sink = CollectionSink(collection, target)
+        summary = engine.run(plan, bundle, sink, on_progress)
     finish(summary, as_json)
 
 

@@ -92,6 +92,8 @@ def _missing(error: ModuleNotFoundError) -> str:
             extra = "cpu"
         case "pyarrow":
             extra = "parquet"
+        case "ray":
+            extra = "ray"
         case "pymilvus":
             extra = "milvus"
         case "skimage" | "sklearn":

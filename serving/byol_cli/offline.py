@@ -1,11 +1,12 @@
-"""What `byol embed` and `byol index` share: options, the encoders, the progress bar, the ending."""
+"""What `byol embed` and `byol index` share: options, engines, the progress bar, the ending."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
@@ -14,7 +15,8 @@ from byol_cli.output import emit
 if TYPE_CHECKING:
     from byol_serving.bundle import Bundle
     from byol_serving.encoder import Device, Encoder
-    from byol_serving.indexing.plan import Progress, Summary
+    from byol_serving.indexing.plan import EmbedPlan, Progress, Summary
+    from byol_serving.indexing.sinks import Sink
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -62,27 +64,97 @@ def plan_options(command: Command) -> Command:
     return command
 
 
-def encoder_options(command: Command) -> Command:
-    """Adds --bundle, --device and --threads."""
-    for option in (
-        click.option("--threads", default=0, help="Of the encoder on a CPU; default: all."),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            show_default=True,
-            help="Where the encoder runs.",
-        ),
-        click.option(
-            "--bundle",
-            "bundle_path",
-            type=click.Path(path_type=Path),
-            required=True,
-            help="Encoder bundle.",
-        ),
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What runs the stages, and on which devices."""
+
+    kind: Literal["local", "ray"]
+    ray_address: str | None
+    device: "Device"
+    gpus: str | None
+    threads: int
+
+    def run(
+        self,
+        plan: "EmbedPlan",
+        bundle: "Bundle",
+        sink: "Sink",
+        on_progress: "Callable[[Progress], None] | None",
+    ) -> "Summary":
+        """The whole run."""
+        match self.kind:
+            case "local":
+                from byol_serving.indexing import pipeline
+
+                encoders = load_encoders(bundle, self.device, self.gpus, self.threads)
+                return pipeline.run(plan, encoders, sink, on_progress=on_progress)
+            case "ray":
+                from byol_serving.indexing import ray_engine
+
+                if self.gpus is not None:
+                    raise click.UsageError("--gpus is for --engine local; Ray gives out its own")
+                return ray_engine.run(
+                    plan,
+                    bundle,
+                    sink,
+                    address=self.ray_address,
+                    device=self.device,
+                    on_progress=on_progress,
+                )
+
+
+_ENGINE_OPTIONS = (
+    click.option(
+        "--bundle",
+        "bundle_path",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Encoder bundle.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+        default="auto",
+        show_default=True,
+        help="Where the encoder runs.",
+    ),
+    click.option("--gpus", help="Which GPUs, like 0,1,3: an encoder on each. Default: 0."),
+    click.option("--threads", default=0, help="Of one batch on a CPU; default: by its cores."),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="This process, or Ray Data on a cluster.",
+    ),
+    click.option(
+        "--ray-address",
+        help="Of a running Ray cluster, or auto; default: one is started on this machine.",
+    ),
+)
+
+
+def engine_options(command: Command) -> Command:
+    """Adds --bundle, and what `Engine` holds; the command is given an `Engine` as `engine`."""
+
+    @functools.wraps(command)
+    def packed(
+        *args: Any,
+        engine: Literal["local", "ray"],
+        ray_address: str | None,
+        device: "Device",
+        gpus: str | None,
+        threads: int,
+        **rest: Any,
+    ) -> Any:
+        chosen = Engine(
+            kind=engine, ray_address=ray_address, device=device, gpus=gpus, threads=threads
+        )
+        return command(*args, engine=chosen, **rest)
+
+    for option in reversed(_ENGINE_OPTIONS):
+        packed = option(packed)
+    return cast(Command, packed)
 
 
 def quiet_option(command: Command) -> Command:
@@ -91,13 +163,38 @@ def quiet_option(command: Command) -> Command:
     return decorate(command)
 
 
-def load_encoders(bundle: "Bundle", device: "Device", threads: int) -> "list[Encoder]":
-    """The encoders of a run, checked against the bundle's golden pairs."""
+def load_encoders(
+    bundle: "Bundle", device: "Device", gpus: str | None, threads: int
+) -> "list[Encoder]":
+    """An encoder a device, each as often as it takes batches at a time.
+
+    They are checked against the bundle's golden pairs.
+    """
     from byol_serving.encoder import Encoder
 
-    encoder = Encoder(bundle, device=device, threads=threads)
-    encoder.check_golden()
-    return [encoder]
+    found = []
+    for device_id in gpu_numbers(gpus, device):
+        encoder = Encoder(bundle, device=device, threads=threads, device_id=device_id)
+        encoder.check_golden()
+        found.append(encoder)
+    return [encoder for encoder in found for _ in range(encoder.workers)]
+
+
+def gpu_numbers(gpus: str | None, device: str) -> list[int]:
+    """What --gpus names; [0] without it."""
+    if gpus is None:
+        return [0]
+    if device not in ("cuda", "tensorrt"):
+        raise click.UsageError("--gpus needs --device cuda or tensorrt")
+    try:
+        numbers = sorted({int(each) for each in gpus.split(",")})
+    except ValueError:
+        raise click.BadParameter(
+            f"{gpus!r} is not a list of numbers, like 0,1,3", param_hint="--gpus"
+        ) from None
+    if numbers[0] < 0:
+        raise click.BadParameter(f"{numbers[0]} is no GPU's number", param_hint="--gpus")
+    return numbers
 
 
 @contextmanager

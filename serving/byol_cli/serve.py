@@ -4,12 +4,12 @@ An option comes from the command line, or else from the environment (BYOL_SERVE_
 else from the file of --config, or else it has its default. docs/serving.md lists all of them.
 """
 
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import click
 from click.core import ParameterSource
@@ -208,16 +208,15 @@ def shown(context: click.Context, settings: Mapping[str, Any]) -> dict[str, tupl
     }
     return {
         name: (
-            _masked(value) if name == "otel_endpoint" else value,
+            _masked(value) if isinstance(value, str) else value,
             names.get(context.get_parameter_source(name), "default"),  # type: ignore[arg-type]  # None is no key, and means default
         )
         for name, value in settings.items()
     }
 
 
-def _masked(url: str) -> str:
-    """Without user, password and query, which may hold a key."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")
-    netloc = f"***@{host[2]}" if host[1] else parts.netloc
-    return urlunsplit((parts.scheme, netloc, parts.path, "***" if parts.query else "", ""))
+def _masked(text: str) -> str:
+    """An address without user, password and query, which may hold a key."""
+    if "://" not in text:
+        return text
+    return re.sub(r"\?.*", "?***", re.sub(r"//[^/@]*@", "//***@", text))

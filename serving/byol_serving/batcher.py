@@ -10,12 +10,14 @@ all steps. Over it a request is refused at once, before any work is spent on it.
 
 import asyncio
 import logging
+import queue
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast
 
@@ -90,7 +92,9 @@ class Batcher(Generic[Item, Results]):
         self._queued = 0
         self._pump_scheduled = False
         self._closed = False
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
+        self._workers = workers
+        self._threads: list[threading.Thread] = []
+        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.seconds_per_item = 0.0
         """Moving average of the wall time that `run` takes for one item."""
 
@@ -117,7 +121,7 @@ class Batcher(Generic[Item, Results]):
         if self._closed:
             raise Unavailable("the server is draining; ask another, or again later")
         loop = asyncio.get_running_loop()
-        job = _Job[Item, Results](items, deadline, loop.create_future())
+        job: _Job[Item, Results] = _Job(items, deadline, loop.create_future())
         self._queue.append(job)
         self._queued += len(items)
         if self._free and not self._pump_scheduled:
@@ -137,7 +141,10 @@ class Batcher(Generic[Item, Results]):
                 job.future.set_exception(Unavailable("the server stopped before this was done"))
         self._queue.clear()
         self._queued = 0
-        await asyncio.to_thread(self._pool.shutdown)
+        for _ in self._threads:
+            self._todo.put(None)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
     def _pump(self, loop: asyncio.AbstractEventLoop) -> None:
         self._pump_scheduled = False
@@ -149,7 +156,22 @@ class Batcher(Generic[Item, Results]):
             if not slices:
                 return
             self._free -= 1
-            self._pool.submit(self._work, loop, slices)
+            if len(self._threads) < self._workers:
+                self._add_thread()
+            self._todo.put(partial(self._work, loop, slices))
+
+    def _add_thread(self) -> None:
+        # Not an executor: its futures and locks cost as much as decoding a thumbnail does.
+        name = f"{self._name}_{len(self._threads)}"
+        thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _serve(self) -> None:
+        """A worker thread's life."""
+        while (work := self._todo.get()) is not None:
+            work()
+            del work  # or it would hold the batch's images until the next one comes
 
     def _take(self, size: int) -> list[_Slice[Item, Results]]:
         """Up to `size` queued items, leaving out the requests that nobody waits for any more.

@@ -11,15 +11,10 @@ the server raised them. Calls that are safe to repeat are tried again with backo
 is unavailable or overloaded; every call has a deadline that spans all its tries.
 """
 
-import itertools
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import TypeVar
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,10 +32,10 @@ from byol_serving.client_batches import (
     ItemId,
     QueryLike,
 )
-from byol_serving.client_calls import BackupInfo, Call, EncoderInfo, FeatureMaps, Retry, Target
-from byol_serving.client_channel import OPTIONS, ClientTls, bearer, byol_error, environment_tls
+from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Retry, Target
+from byol_serving.client_channel import ClientTls
+from byol_serving.client_connection import Connection
 from byol_serving.client_search import SearchOptions
-from byol_serving.client_trace import traced
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
@@ -52,6 +47,7 @@ from byol_serving.collections.types import (
     UpsertCounts,
     Verification,
 )
+from byol_serving.errors import InvalidImage
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.filters import Where
 
@@ -81,64 +77,13 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-class Client:
+class Client(Connection):
     """A connection to one server. Thread-safe; make one and share it."""
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        timeout: float = 60.0,
-        retry: Retry | None = None,
-        tls: ClientTls | None = None,
-        token: str | None = None,
-        batch_size: int = 64,
-        concurrency: int = 4,
-    ) -> None:
-        """Connects with the first call.
-
-        Args:
-            address: host:port.
-            timeout: seconds for a call with all its tries.
-            retry: how often and how fast to try again.
-            tls: without it what BYOL_TLS_CA, BYOL_TLS_CERT and BYOL_TLS_KEY name, else plain text.
-            token: to show with each call; by default that of BYOL_TOKEN.
-            batch_size: images in one request; longer lists are split.
-            concurrency: requests in flight for a list that was split.
-        """
-        tls = tls or environment_tls()
-        self._credentials = bearer(token)
-        self._channel = (
-            grpc.insecure_channel(address, OPTIONS)
-            if tls is None
-            else grpc.secure_channel(address, tls.credentials(), OPTIONS)
-        )
-        self._timeout = timeout
-        self._retry = retry or Retry()
-        self._batch_size = batch_size
-        self._concurrency = concurrency
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="byol-client")
-        self._methods: dict[str, Callable[..., Any]] = {}
-        self.analysis = Analysis(self._send)
+    @cached_property
+    def analysis(self) -> Analysis:
         """Duplicates, outliers, labels and pairs."""
-
-    def close(self) -> None:
-        """Ends the connection."""
-        self._pool.shutdown(cancel_futures=True)
-        self._channel.close()
-
-    def __enter__(self) -> Self:
-        """The client itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes it."""
-        self.close()
+        return Analysis(self._send)
 
     # --- images to vectors ----------------------------------------------------------------------
 
@@ -201,22 +146,14 @@ class Client:
         requests = (
             calls.embed_request(part.images, dtype, Target(model, version)) for part in batches
         )
-        stream = self._channel.stream_stream(
-            calls.EMBED_STREAM,
-            request_serializer=pb.EmbedRequest.SerializeToString,
-            response_deserializer=pb.EmbedResponse.FromString,
-        )
         done = 0
-        answers = stream(requests, metadata=self._credentials)
         try:
-            for answer in answers:
+            for answer in self._stream(calls.EMBED_STREAM, requests, pb.EmbedResponse):
                 rows = calls.embed_answer(answer)
                 done += len(rows)
                 yield rows
-        except grpc.RpcError as failure:
-            raise calls.moved(byol_error(failure), done) from failure
-        finally:
-            answers.cancel()
+        except InvalidImage as error:
+            raise calls.moved(error, done) from error
 
     def extract_features(
         self,
@@ -397,13 +334,9 @@ class Client:
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:
         """The neighbours of many queries in one call: images, ids, any kind, rows of vectors."""
+        wanted = options or SearchOptions()
         call = searching.search(
-            collection,
-            options or SearchOptions(),
-            images=images,
-            ids=ids,
-            queries=queries,
-            vectors=vectors,
+            collection, wanted, images=images, ids=ids, queries=queries, vectors=vectors
         )
         return self._send(call)
 
@@ -448,19 +381,8 @@ class Client:
         """
         wanted = options or SearchOptions()
         requests = (searching.request_of(collection, wanted, vectors=each) for each in batches)
-        stream = self._channel.stream_stream(
-            searching.SEARCH_STREAM,
-            request_serializer=pb.SearchRequest.SerializeToString,
-            response_deserializer=pb.SearchResponse.FromString,
-        )
-        answers = stream(requests)
-        try:
-            for answer in answers:
-                yield searching.answer_of(answer)
-        except grpc.RpcError as failure:
-            raise byol_error(failure) from failure
-        finally:
-            answers.cancel()
+        answers = self._stream(searching.SEARCH_STREAM, requests, pb.SearchResponse)
+        yield from map(searching.answer_of, answers)
 
     # --- the store ------------------------------------------------------------------------------
 
@@ -475,54 +397,3 @@ class Client:
     def restore(self, backup: str, collection: str, *, name: str = "") -> CollectionInfo:
         """Brings back one collection of a backup, under its own name or a new one."""
         return self._send(calls.restore(backup, collection, name))
-
-    # --- sending --------------------------------------------------------------------------------
-
-    def _send(self, call: Call[Out], *, offset: int = 0) -> Out:
-        """Sends a call, again where that is safe and promises something."""
-        with traced(call.method) as trace:
-            metadata = (*self._credentials, *trace)
-            return self._try(call, offset, metadata)
-
-    def _try(self, call: Call[Out], offset: int, metadata: Sequence[tuple[str, str]]) -> Out:
-        send = self._method(call)
-        deadline = time.monotonic() + self._timeout
-        for tried in itertools.count(1):
-            try:
-                left = max(0.0, deadline - time.monotonic())
-                return call.parse(send(call.request, timeout=left, metadata=metadata))
-            except grpc.RpcError as failure:
-                error = byol_error(failure)
-                pause = self._retry.pause(error, call, tried, deadline - time.monotonic())
-                if pause is None:
-                    raise calls.moved(error, offset) from failure
-            time.sleep(pause)
-        raise AssertionError("unreachable")
-
-    def _method(self, call: Call[Any]) -> Callable[..., Any]:
-        if (known := self._methods.get(call.method)) is None:
-            known = self._methods[call.method] = self._channel.unary_unary(
-                call.method,
-                request_serializer=type(call.request).SerializeToString,
-                response_deserializer=call.answer.FromString,
-            )
-        return known
-
-    def _spread(self, send: Callable[[In], Out], parts: Iterable[In]) -> Iterator[Out]:
-        """Sends parts, a few at a time, and yields the answers in order."""
-        parts = iter(parts)
-        first = list(itertools.islice(parts, 2))
-        if len(first) < 2:  # a lone part needs no thread
-            yield from map(send, first)
-            return
-        pending: deque[Future[Out]] = deque()
-        try:
-            for part in itertools.chain(first, parts):
-                if len(pending) == self._concurrency:
-                    yield pending.popleft().result()
-                pending.append(self._pool.submit(send, part))
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()

@@ -1,14 +1,10 @@
 """The asynchronous client; see `byol_serving.client`, which is where to import it from."""
 
-import asyncio
-import itertools
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from functools import cached_property
+from typing import TypeVar
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,10 +19,9 @@ from byol_serving.client_batches import (
     ImageLike,
     QueryLike,
 )
-from byol_serving.client_calls import BackupInfo, Call, EncoderInfo, FeatureMaps, Retry, Target
-from byol_serving.client_channel import OPTIONS, ClientTls, bearer, byol_error, environment_tls
+from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Target
+from byol_serving.client_connection import AsyncConnection
 from byol_serving.client_search import SearchOptions
-from byol_serving.client_trace import traced
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
@@ -39,68 +34,18 @@ from byol_serving.collections.types import (
     Verification,
 )
 from byol_serving.rpc.filters import Where
-from byol_serving.rpc.pools import in_order
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-class AsyncClient:
+class AsyncClient(AsyncConnection):
     """A connection to one server, for one event loop: `Client` with coroutines."""
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        timeout: float = 60.0,
-        retry: Retry | None = None,
-        tls: ClientTls | None = None,
-        token: str | None = None,
-        batch_size: int = 64,
-        concurrency: int = 4,
-    ) -> None:
-        """Connects with the first call.
-
-        Args:
-            address: host:port.
-            timeout: seconds for a call with all its tries.
-            retry: how often and how fast to try again.
-            tls: without it what BYOL_TLS_CA, BYOL_TLS_CERT and BYOL_TLS_KEY name, else plain text.
-            token: to show with each call; by default that of BYOL_TOKEN.
-            batch_size: images in one request; longer lists are split.
-            concurrency: requests in flight for a list that was split.
-        """
-        tls = tls or environment_tls()
-        self._credentials = bearer(token)
-        self._channel = (
-            grpc.aio.insecure_channel(address, OPTIONS)
-            if tls is None
-            else grpc.aio.secure_channel(address, tls.credentials(), OPTIONS)
-        )
-        self._timeout = timeout
-        self._retry = retry or Retry()
-        self._batch_size = batch_size
-        self._concurrency = concurrency
-        self._methods: dict[str, Callable[..., Any]] = {}
-        self.analysis = AsyncAnalysis(self._send)
+    @cached_property
+    def analysis(self) -> AsyncAnalysis:
         """Duplicates, outliers, labels and pairs."""
-
-    async def close(self) -> None:
-        """Ends the connection."""
-        await self._channel.close()
-
-    async def __aenter__(self) -> Self:
-        """The client itself."""
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes it."""
-        await self.close()
+        return AsyncAnalysis(self._send)
 
     # --- images to vectors ----------------------------------------------------------------------
 
@@ -348,13 +293,9 @@ class AsyncClient:
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:
         """The neighbours of many queries in one call: images, ids, any kind, rows of vectors."""
+        wanted = options or SearchOptions()
         call = searching.search(
-            collection,
-            options or SearchOptions(),
-            images=images,
-            ids=ids,
-            queries=queries,
-            vectors=vectors,
+            collection, wanted, images=images, ids=ids, queries=queries, vectors=vectors
         )
         return await self._send(call)
 
@@ -418,48 +359,3 @@ class AsyncClient:
     async def restore(self, backup: str, collection: str, *, name: str = "") -> CollectionInfo:
         """Brings back one collection of a backup, under its own name or a new one."""
         return await self._send(calls.restore(backup, collection, name))
-
-    # --- sending --------------------------------------------------------------------------------
-
-    async def _send(self, call: Call[Out], *, offset: int = 0) -> Out:
-        """Sends a call, again where that is safe and promises something."""
-        with traced(call.method) as trace:
-            metadata = (*self._credentials, *trace)
-            return await self._try(call, offset, metadata)
-
-    async def _try(self, call: Call[Out], offset: int, metadata: Sequence[tuple[str, str]]) -> Out:
-        send = self._method(call)
-        deadline = time.monotonic() + self._timeout
-        for tried in itertools.count(1):
-            try:
-                left = max(0.0, deadline - time.monotonic())
-                return call.parse(await send(call.request, timeout=left, metadata=metadata))
-            except grpc.RpcError as failure:
-                error = byol_error(failure)
-                pause = self._retry.pause(error, call, tried, deadline - time.monotonic())
-                if pause is None:
-                    raise calls.moved(error, offset) from failure
-            await asyncio.sleep(pause)
-        raise AssertionError("unreachable")
-
-    def _method(self, call: Call[Any]) -> Callable[..., Any]:
-        if (known := self._methods.get(call.method)) is None:
-            known = self._methods[call.method] = self._channel.unary_unary(
-                call.method,
-                request_serializer=type(call.request).SerializeToString,
-                response_deserializer=call.answer.FromString,
-            )
-        return known
-
-    def _spread(
-        self, send: Callable[[In], Awaitable[Out]], parts: Iterable[In]
-    ) -> AsyncGenerator[Out]:
-        """Sends parts, a few at a time, and yields the answers in order."""
-        return in_order(_read_aside(parts), send, window=self._concurrency)
-
-
-async def _read_aside(parts: Iterable[In]) -> AsyncGenerator[In]:
-    """Iterates in a thread, because the next part may have to be read from files."""
-    source = iter(parts)
-    while part := await asyncio.to_thread(lambda: list(itertools.islice(source, 1))):
-        yield part[0]

@@ -46,7 +46,13 @@ class Encoder:
     """`embed` is thread-safe and blocking; up to `workers` threads at a time are worth it."""
 
     def __init__(
-        self, bundle: Bundle, *, device: Device = "auto", threads: int = 0, workers: int = 0
+        self,
+        bundle: Bundle,
+        *,
+        device: Device = "auto",
+        threads: int = 0,
+        workers: int = 0,
+        device_id: int = 0,
     ) -> None:
         """Loads the graph.
 
@@ -57,6 +63,7 @@ class Encoder:
                 minutes once; engines are kept in the user's cache folder.
             threads: intra-op threads for one batch on the CPU; 0: the cores over `workers`.
             workers: batches at a time; 0: one for each core up to `MAX_WORKERS`, on a GPU two.
+            device_id: which GPU, as CUDA numbers those that this process may see.
 
         Raises:
             InvalidConfig: a GPU was asked for and is not to be had (never a silent fall back).
@@ -67,7 +74,7 @@ class Encoder:
         gpu = _gpu_provider(device)
         self.workers = workers or (GPU_WORKERS if gpu else min(cores, MAX_WORKERS))
         threads = threads or max(1, cores // self.workers)
-        self._session = _open_session(bundle, gpu, threads)
+        self._session = _open_session(bundle, gpu, threads, device_id)
         self.provider: str = self._session.get_providers()[0]
         if device in _PROVIDERS and self.provider != _PROVIDERS[device]:
             raise InvalidConfig(
@@ -92,7 +99,9 @@ class Encoder:
         if self.provider != "CPUExecutionProvider":
             self._padded = queue.SimpleQueue()
             for _ in range(self.workers):
-                self._padded.put(PaddedBatches(self._session, self.image_size, self.dim, "cuda"))
+                self._padded.put(
+                    PaddedBatches(self._session, self.image_size, self.dim, "cuda", device_id)
+                )
         elif self.workers > 1 and threads < cores:
             self._alone = _open_session(bundle, None, cores)
 
@@ -200,9 +209,12 @@ class Encoder:
 class PaddedBatches:
     """Batches padded to powers of two, in buffers that are allocated once. Not thread-safe."""
 
-    def __init__(self, session: ort.InferenceSession, size: int, dim: int, device: str) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, size: int, dim: int, device: str, device_id: int = 0
+    ) -> None:
         """`device` is ONNX Runtime's name of where the buffers lie: cuda, or cpu for a test."""
-        self._session, self._size, self._dim, self._device = session, size, dim, device
+        self._session, self._size, self._dim = session, size, dim
+        self._device, self._device_id = device, device_id
         self._bindings: dict[int, _Binding] = {}
 
     def embed(self, pixels: Pixels) -> Embeddings:
@@ -210,7 +222,8 @@ class PaddedBatches:
         batch = next(size for size in sizes_up_to(GPU_MAX_BATCH) if size >= len(pixels))
         bound = self._bindings.get(batch)
         if bound is None:
-            bound = _Binding(self._session, (batch, self._size, self._size, 3), self._device)
+            shape = (batch, self._size, self._size, 3)
+            bound = _Binding(self._session, shape, self._device, self._device_id)
             self._bindings[batch] = bound
         return bound.run(pixels)
 
@@ -218,13 +231,15 @@ class PaddedBatches:
 class _Binding:
     """The buffers of one padded size, and their binding to the session's input and output."""
 
-    def __init__(self, session: ort.InferenceSession, shape: tuple[int, ...], device: str) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, shape: tuple[int, ...], device: str, device_id: int
+    ) -> None:
         self._session = session
         self._host = np.zeros(shape, np.uint8)
-        self._input = ort.OrtValue.ortvalue_from_numpy(self._host, device, 0)
+        self._input = ort.OrtValue.ortvalue_from_numpy(self._host, device, device_id)
         self._io = session.io_binding()
         self._io.bind_ortvalue_input("images", self._input)
-        self._io.bind_output("embedding", device, 0)
+        self._io.bind_output("embedding", device, device_id)
 
     def run(self, pixels: Pixels) -> Embeddings:
         """Rows of `pixels` only; what the padding gives is thrown away."""
@@ -251,7 +266,9 @@ def _gpu_provider(device: Device) -> str | None:
     )
 
 
-def _open_session(bundle: Bundle, gpu: str | None, threads: int) -> ort.InferenceSession:
+def _open_session(
+    bundle: Bundle, gpu: str | None, threads: int, device_id: int = 0
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -261,6 +278,7 @@ def _open_session(bundle: Bundle, gpu: str | None, threads: int) -> ort.Inferenc
         # HEURISTIC: under EXHAUSTIVE every new batch size stalls for hundreds of milliseconds.
         # kSameAsRequested: the arena never shrinks, so it had better not double.
         cuda = {
+            "device_id": str(device_id),
             "cudnn_conv_algo_search": "HEURISTIC",
             "arena_extend_strategy": "kSameAsRequested",
         }
@@ -268,6 +286,7 @@ def _open_session(bundle: Bundle, gpu: str | None, threads: int) -> ort.Inferenc
     if gpu == "TensorrtExecutionProvider":
         cache = _engine_cache(bundle)
         tensorrt = {
+            "device_id": str(device_id),
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(cache),
             "trt_fp16_enable": "1" if bundle.info.precision == "fp16" else "0",

@@ -12,6 +12,7 @@
     byol_batch_seconds{model, step}            time that a step takes for a batch
     byol_images_total{model, step}             images through a step
     byol_model_info{model, version, ...}       1 for each loaded version
+    byol_gpu_memory_bytes{gpu, kind}           used and total, where there is a GPU
 
 Steps are decode, inference and features. The process's own CPU time, memory and file descriptors
 come with them, under the names that Prometheus clients share.
@@ -30,6 +31,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from byol_serving.gpu_memory import gpu_memory
 from byol_serving.rpc.calls import Finished
 from byol_serving.rpc.models import Models
 from byol_serving.timing import BatchRun
@@ -140,4 +142,10 @@ class _Present(Collector):
             in_use = "yes" if self._models.is_in_use(model) else "no"
             known = [model.info.encoder_id, model.info.precision, model.provider, in_use]
             info.add_metric([*key, *known], 1)
-        return (flying, waiting, images, sizes, info)
+        gpus = GaugeMetricFamily(
+            "byol_gpu_memory_bytes", "Memory of a GPU, of all processes.", labels=["gpu", "kind"]
+        )
+        for each in gpu_memory():
+            gpus.add_metric([str(each.gpu), "used"], each.used)
+            gpus.add_metric([str(each.gpu), "total"], each.total)
+        return (flying, waiting, images, sizes, info, gpus)

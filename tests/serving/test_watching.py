@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from byol_serving.client import AsyncClient, Retry
 from byol_serving.config import ServeConfig
 from byol_serving.errors import InvalidConfig, InvalidImage
+from byol_serving.gpu_memory import gpu_memory
 from byol_serving.logs import JsonFormatter
 from byol_serving.server import Running, serving
 from serving.support import make_bundle, png, random_pixels
@@ -89,6 +90,9 @@ async def test_the_dashboard_draws_exactly_the_exported_names(bundle: Path) -> N
         with pytest.raises(InvalidImage):
             await client.embed([b""])
         exported = {name for name, *_ in await samples(running)}
+        # Without a GPU this one is announced, and has no samples.
+        assert "# TYPE byol_gpu_memory_bytes gauge" in (await get(running, "/metrics"))[1]
+        exported.add("byol_gpu_memory_bytes")
     panels = json.loads(DASHBOARD.read_text())["panels"]
     drawn = {
         name
@@ -100,6 +104,12 @@ async def test_the_dashboard_draws_exactly_the_exported_names(bundle: Path) -> N
     base = re.compile("_(bucket|sum|count)$")
     ours = {base.sub("", name) for name in exported if name.startswith("byol_")}
     assert {base.sub("", name) for name in drawn if name.startswith("byol_")} == ours
+
+
+def test_gpu_memory_is_what_the_driver_says_or_nothing() -> None:
+    for number, each in enumerate(gpu_memory()):
+        assert each.gpu == number
+        assert 0 <= each.used <= each.total
 
 
 async def test_probes(bundle: Path) -> None:

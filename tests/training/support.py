@@ -28,6 +28,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "epochs": 4,
         "head": HeadConfig(hidden=16, out=8),
         "device": "cpu",
+        "precision": "fp32",
         "log_every": 3,
         "checkpoint_every_epochs": 1,
     }

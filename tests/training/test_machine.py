@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_serving.errors import InvalidConfig
+from byol_training import machine
 from byol_training.machine import choose_machine, compile_networks, use_processors
 
 
@@ -13,6 +14,16 @@ def test_precision_is_what_was_asked_for() -> None:
     assert not choose_machine("cpu", "fp32").bf16
     with pytest.raises(InvalidConfig, match="device 'moon' cannot be used"):
         choose_machine("moon", "auto")
+
+
+def test_auto_measures_bf16_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("byol_training.machine.bf16_in_hardware", lambda: True)
+    machine._bf16_is_faster.cache_clear()
+    chosen = choose_machine("cpu", "auto").bf16
+    assert all(choose_machine("cpu", "auto").bf16 == chosen for _ in range(20))  # measured once
+    assert machine._bf16_is_faster.cache_info().misses == 1
+    monkeypatch.setattr("byol_training.machine.bf16_in_hardware", lambda: False)
+    assert not choose_machine("cpu", "auto").bf16
 
 
 def test_threads_are_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +51,8 @@ def test_what_cannot_be_compiled_goes_on_without(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("no compiler on this machine")
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
-    machine, network = choose_machine("cpu", "fp32"), Unfit()
-    compile_networks(network, "on", machine)
+    network = Unfit()
+    compile_networks(network, "on", choose_machine("cpu", "fp32"))
     assert torch.equal(network(torch.ones(3)), torch.full((3,), 2.0))
 
 

@@ -21,9 +21,7 @@ from training.support import metrics, tiny_config, tiny_images
 def settings(steps: int) -> TrainConfig:
     """SGD, whose steps are as large as the gradient: what differs would show."""
     optimizer = OptimizerConfig(name="sgd", lr=0.05, warmup_epochs=0)
-    return tiny_config(
-        batch_size=16, accumulate=2, max_steps=steps, precision="fp32", optimizer=optimizer
-    )
+    return tiny_config(batch_size=16, accumulate=2, max_steps=steps, optimizer=optimizer)
 
 
 def in_two_processes(run: Path, steps: int, *, stop: int) -> None:

@@ -367,6 +367,17 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [p.value for p in points] == pytest.approx([line["loss"] for line in lines])
 
 
+def test_a_run_keeps_the_precision_that_was_chosen_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for faster in (True, False):
+        monkeypatch.setattr("byol_training.machine.bf16_in_hardware", lambda: True)
+        monkeypatch.setattr("byol_training.machine._bf16_is_faster", lambda faster=faster: faster)
+        config, resume = tiny_config(precision="auto"), not faster
+        pretrain(tiny_images(), config, tmp_path, resume=resume, on_step=stop_at(3))
+        assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
+
+
 def test_bf16_learns_as_fp32_does(tmp_path: Path) -> None:
     """The same seed in both: the losses stay the same to within their noise."""
     rng = np.random.default_rng(0)

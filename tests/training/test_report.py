@@ -133,6 +133,19 @@ def test_scores_are_kept_and_used_again(run: Path, pictures: Path, page: Page) -
     assert "The embedding has not collapsed" in page.text
 
 
+def test_without_labels_encoders_are_compared_by_view_retrieval(run: Path, page: Page) -> None:
+    kept = run / EVALUATION_FILE
+    original = json.loads(kept.read_text())
+    keys = ("view_retrieval", "rankme", "spread")
+    bare = {name: {key: each[key] for key in keys} for name, each in original.items()}
+    bare["trained"]["view_retrieval"], bare["untrained"]["view_retrieval"] = 0.5, 0.75
+    kept.write_text(json.dumps(bare))
+    found = Page(write_report(run, run / "bare.html").read_text())
+    kept.write_text(json.dumps(original))
+    assert "View retrieval 50.0% against 75.0% of the untrained network" in found.text
+    assert "raw pixels" not in found.text
+
+
 def test_without_images_it_shows_what_the_run_kept(run: Path, tmp_path: Path) -> None:
     for name in ("config.json", "metrics.jsonl", "rejected.jsonl", "samples.npy"):
         (tmp_path / name).write_bytes((run / name).read_bytes())

@@ -197,7 +197,7 @@ class TrainConfig:
     device: str = "auto"
     """auto: the first CUDA device if there is one; or a torch device name."""
     precision: Precision = "auto"
-    """auto: bf16 autocast where the hardware multiplies in it, else fp32."""
+    """auto: bf16 autocast where the hardware is faster in it, else fp32; a run records which."""
     compile: Compile = "auto"
     """torch.compile for the networks: auto uses it on CUDA, and goes on without where it fails."""
     log_every: int = 20

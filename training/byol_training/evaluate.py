@@ -146,7 +146,7 @@ def untrained(config: TrainConfig) -> ServedEncoder:
     """The network of a run with its initial weights; torch's global generators are left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = build_encoder(config.encoder, config.stem)
+        encoder = build_encoder(config.encoder, config.stem, image_size=config.image_size)
     return ServedEncoder(encoder, config.augment.mean, config.augment.std)
 
 

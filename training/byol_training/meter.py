@@ -123,7 +123,8 @@ class Meter:
         per_epoch, loss = self._feed.steps_per_epoch, sum(losses) / len(losses)
         gradient, shortened = self._guard.read()
         used = float(spread(projections))
-        rank = float(effective_rank(projections[:_RANK_ROWS]))
+        looked_at = projections[:_RANK_ROWS]
+        rank = float(effective_rank(looked_at))
         return Progress(
             step=step,
             steps=self.steps,
@@ -137,7 +138,12 @@ class Meter:
             seconds=now - self._start,
             seconds_left=(self.steps - step) / pace,
             warnings=self._watch.check(
-                step=step, loss=loss, spread=used, rank=rank, shortened=shortened
+                step=step,
+                loss=loss,
+                spread=used,
+                rank=rank,
+                full=min(looked_at.shape),
+                shortened=shortened,
             ),
         )
 

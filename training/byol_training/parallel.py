@@ -82,6 +82,8 @@ def joined(device: str) -> Iterator[World]:
         yield current()
         return
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_cuda:  # each its own, before anything touches the first
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         yield current()

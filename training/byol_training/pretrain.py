@@ -4,6 +4,7 @@ A run directory holds config.json, metrics.jsonl (a line per reading), rejected.
 could not be read), samples.npy (images for export to check itself on) and checkpoints/.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from byol_serving.errors import InvalidSource
 from byol_training import parallel, schedules
 from byol_training.byol import Byol
 from byol_training.checkpoint import list_checkpoints
-from byol_training.config import TrainConfig
+from byol_training.config import Precision, TrainConfig
 from byol_training.data import Images
 from byol_training.encoders import build_encoder, zero_last_norms
 from byol_training.feed import Feed
@@ -69,12 +70,14 @@ def pretrain(
         StoreError: a checkpoint cannot be written; those before it are whole.
     """
     world = parallel.current()
-    machine = choose_machine(config.device, config.precision)
+    goes_on = resume and bool(list_checkpoints(run_dir / "checkpoints"))
+    machine = choose_machine(config.device, _precision(config, run_dir if goes_on else None))
+    machine = replace(machine, bf16=world.decide(machine.bf16))
+    config = replace(config, precision="bf16" if machine.bf16 else "fp32")
     batch_size = _batch_size(images, config)
     parallel.check_parts(world, batch_size, config.accumulate)
     _refuse_identical(images)
     torch.manual_seed(config.seed)
-    goes_on = resume and bool(list_checkpoints(run_dir / "checkpoints"))
     # A run that goes on has its own weights: those it started from may be gone.
     model = build_model(replace(config, start_from="") if goes_on else config)
     model.to(machine.device).train()
@@ -128,6 +131,14 @@ def build_model(config: TrainConfig) -> Byol:
     return Byol(
         encoder, config.head, symmetrised=config.symmetrised, target_norm=config.target_norm
     )
+
+
+def _precision(config: TrainConfig, goes_on: Path | None) -> Precision:
+    """What was asked for; a run that goes on keeps what `auto` had chosen."""
+    if goes_on is None or config.precision != "auto":
+        return config.precision
+    before = json.loads((goes_on / "config.json").read_text())
+    return TrainConfig.from_dict(before).precision
 
 
 def gradients(

@@ -47,13 +47,14 @@ MEASURES = {
     "precision_at_10": ("Precision at 10", "higher", "of the ten nearest, those of the class"),
     "mean_average_precision": ("Mean average precision", "higher", "over the whole ranking"),
     "view_retrieval": ("View retrieval", "higher", "a view finds its other view among all"),
-    "rankme": ("RankMe", "higher", "effective dimensions; near 1 is collapse"),
+    "stability": ("Neighbour stability", "higher", "of the ten nearest, those of before"),
     "alignment": ("Alignment", "lower", "distance between two views; 0 is collapse"),
-    "uniformity": ("Uniformity", "lower", "spread over the sphere; 0 is collapse"),
-    "spread": ("Spread", "higher", "1 is isotropic, 0 is collapse"),
-    "stability": ("Neighbour stability", "", "of the ten nearest, those of the reading before"),
+    "rankme": ("RankMe", "", "effective dimensions; near 1 is collapse"),
+    "uniformity": ("Uniformity", "", "0 is collapse, lower is more spread"),
+    "spread": ("Spread", "", "0 is collapse, 1 is isotropic"),
 }
-"""Name, which way is better, and what it says; in the order of the table."""
+"""Name, which way is better, and what it says; in the order of the table. The last three tell
+collapse, not how good an encoder is (docs/evaluation.md): neither way is better."""
 _REJECTED = 200  # listed at most
 _COLLAPSED_RANK, _COLLAPSED_SPREAD = 2.0, 0.1
 
@@ -178,9 +179,11 @@ def _verdict(scores: Mapping[str, Mapping[str, float]]) -> str:
     if not scores:
         return "<p>Not scored yet: give byol report the images too, or run byol evaluate first.</p>"
     trained = scores["trained"]
-    compared = [name for name in scores if name != "trained" and "knn_accuracy" in trained]
+    # Without labels only encoders are compared: raw pixels find views by their colours.
+    measure = "knn_accuracy" if "knn_accuracy" in trained else "view_retrieval"
+    others = ("untrained", "pixels") if measure == "knn_accuracy" else ("untrained",)
     said = [_collapse(trained)] + [
-        _against(trained["knn_accuracy"], scores[name]["knn_accuracy"], name) for name in compared
+        _against(measure, trained, scores[name], name) for name in others if name in scores
     ]
     items = "".join(
         f"<li class={kind}><b>{word}</b> {escape(text)}</li>" for kind, word, text in said
@@ -196,10 +199,13 @@ def _collapse(trained: Mapping[str, float]) -> tuple[str, str, str]:
     return "good", "Good", f"The embedding has not collapsed ({figures})."
 
 
-def _against(trained: float, other: float, name: str) -> tuple[str, str, str]:
-    points = 100 * (trained - other)
+def _against(
+    measure: str, trained: Mapping[str, float], other: Mapping[str, float], name: str
+) -> tuple[str, str, str]:
+    ours, theirs = 100 * trained[measure], 100 * other[measure]
+    points = ours - theirs
     what = {"untrained": "the untrained network", "pixels": "raw pixels"}[name]
-    text = f"kNN accuracy {100 * trained:.1f}% against {100 * other:.1f}% of {what}"
+    text = f"{MEASURES[measure][0]} {ours:.1f}% against {theirs:.1f}% of {what}"
     if points > 1:
         return "good", "Good", f"{text}: {points:.1f} points more."
     if points > -1:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from byol_serving.errors import InvalidSource
 
-SHRINKAGE = 1e-3
+SHRINKAGE = 0.1
 """Part of the mean variance that is added to that of every direction: directions that hold next to
-nothing are not blown up."""
+nothing are not blown up. On CIFAR-10 kNN is best between 0.03 and 0.3 (docs/evaluation.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,11 @@ class MilvusStore:
             fields = {"metadata": pymilvus.DataType.JSON, "numbers": pymilvus.DataType.JSON}
             _create(self._client, facts.table, dim, index, fields, terms=True)
             row = {"id": name, "vector": [1.0, 0.0], "facts": vars(facts)}
-            self._client.upsert(_REGISTRY, [row])
+            try:
+                self._client.upsert(_REGISTRY, [row])
+            except BaseException:
+                self._client.drop_collection(facts.table)  # nobody would find it again
+                raise
         return self.get(name)
 
     def get(self, name: str) -> "MilvusCollection":

@@ -104,7 +104,7 @@ def find(collection: Collection, queries: Sequence[Query], wanted: Wanted) -> li
     answers = []
     for query, hits in zip(queries, found, strict=True):
         own = query.own_ids
-        others = [hit for hit in hits if hit.id not in own][:pool] if own else hits
+        others = ([hit for hit in hits if hit.id not in own] if own else hits)[:pool]
         if wanted.mmr_lambda is not None:
             others = _diverse(others, wanted.mmr_lambda, wanted)
         answers.append(others[wanted.offset : wanted.offset + wanted.k])

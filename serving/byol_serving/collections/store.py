@@ -118,8 +118,10 @@ class Store:
         def write(file: Path) -> None:
             shutil.copyfile(source / database.FILE, file)
             copy = LocalCollection(file.parent, name, read_only=True, options=self._options)
-            verification = copy.verify()
-            copy.close(Unavailable("verified"), keep=False)
+            try:
+                verification = copy.verify()
+            finally:
+                copy.close(Unavailable("it was only verified"), keep=False)
             if not verification.ok:
                 raise StoreCorrupt(
                     f"backup {source} is damaged ({verification.problems[0]}): use another one"

@@ -42,10 +42,18 @@ _UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
 class OpenArchive:
     """A tar's bytes, read at offsets; closed when the last entry that needs it is gone."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        """Takes over a real file's descriptor; `file` itself may be closed."""
+    def __init__(self, file: IO[bytes], reopen: "Callable[[], OpenArchive]") -> None:
+        """Takes over a real file's descriptor; `file` itself may be closed.
+
+        `reopen` opens the same archive again, in another process.
+        """
         self.descriptor = os.dup(file.fileno())
+        self._reopen = reopen
         weakref.finalize(self, os.close, self.descriptor)
+
+    def __reduce__(self) -> "tuple[Callable[[], OpenArchive], tuple[()]]":
+        """Entries travel to other processes: what arrives there opens the archive anew."""
+        return self._reopen, ()
 
     def read(self, offset: int, size: int) -> bytes:
         """Reads without a seek, so that threads do not disturb each other."""
@@ -71,7 +79,7 @@ def local_archive(path: Path) -> Archive:
     return Archive(str(path), f"{facts.st_size}-{facts.st_mtime_ns}", opener, cheap)
 
 
-def spool(file: IO[bytes], name: str) -> OpenArchive:
+def spool(file: IO[bytes], name: str, reopen: Callable[[], OpenArchive]) -> OpenArchive:
     """Copies a tar, unpacking it if its name says so, to a temporary file without a name."""
     unpack = _UNPACK.get(PurePosixPath(name).suffix.lower())
     with tempfile.TemporaryFile() as copy:
@@ -81,7 +89,7 @@ def spool(file: IO[bytes], name: str) -> OpenArchive:
             with unpack(file) as unpacked:
                 shutil.copyfileobj(unpacked, copy, COPY_BYTES)
         copy.flush()
-        return OpenArchive(copy)
+        return OpenArchive(copy, reopen)
 
 
 class TarSource:
@@ -176,5 +184,8 @@ def _load_member(
 
 
 def _open_local(path: Path) -> OpenArchive:
+    reopen = partial(_open_local, path)
     with path.open("rb") as file:
-        return OpenArchive(file) if path.suffix.lower() == ".tar" else spool(file, path.name)
+        if path.suffix.lower() == ".tar":
+            return OpenArchive(file, reopen)
+        return spool(file, path.name, reopen)

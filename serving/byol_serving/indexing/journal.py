@@ -141,12 +141,12 @@ class Journal:
             write_durably(commit, lambda path: _write(path, f"{shards}\n"))
         self._roll_forward()
 
-    def write_rejected(self) -> Path:
-        """Makes rejected.jsonl from the records; returns where it is."""
+    def write_rejected(self, *, some: bool) -> Path:
+        """Makes rejected.jsonl from the records (none are read unless `some`); where it is."""
 
         def write(path: Path) -> None:
             with path.open("w", encoding="utf-8") as file:
-                for _, lines in self.records():
+                for _, lines in self.records() if some else ():
                     for line in lines:
                         if line.state == "rejected":
                             fact = {"path": line.name, "reason": line.text}

@@ -25,7 +25,7 @@ class Measured(TypedDict):
 
 
 class Meter:
-    """Counts are for one thread, `timed` for any."""
+    """Counts are for one thread, `timed` and `worked` for any."""
 
     def __init__(self, workers: Mapping[str, int]) -> None:
         """Starts the clock. `workers`: of each stage, how many."""
@@ -44,10 +44,14 @@ class Meter:
         try:
             yield
         finally:
-            now = time.monotonic()
-            with self._lock:
-                self._busy[stage] += now - began
-                self._working_since = min(self._working_since or began, began)
+            self.worked(stage, time.monotonic() - began)
+
+    def worked(self, stage: str, seconds: float) -> None:
+        """Notes that one of the stage's workers worked, until now, here or elsewhere."""
+        began = time.monotonic() - seconds
+        with self._lock:
+            self._busy[stage] += seconds
+            self._working_since = min(self._working_since or began, began)
 
     def measured(self) -> Measured:
         """The figures so far. Rates count from when the first image was read."""

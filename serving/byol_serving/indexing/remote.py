@@ -35,12 +35,8 @@ def open_url(url: str, *, image_column: str | None = None, id_column: str | None
             url, [archives.Archive(url, _stamp(_info(files, path, url)), opener, cheap=False)]
         )
     if lower.endswith(".parquet"):
-        parquet = tables.import_pyarrow("pyarrow.parquet")
-        table = tables.Table(
-            url,
-            _stamp(_info(files, path, url)),
-            lambda: parquet.ParquetFile(files.open(path, "rb")),
-        )
+        stamp = _stamp(_info(files, path, url))
+        table = tables.Table(url, stamp, partial(_open_parquet, files, path))
         return tables.ParquetSource(url, [table], image_column=image_column, id_column=id_column)
     return UrlFolder(url, files, path)
 
@@ -139,7 +135,11 @@ def _read(files: Any, path: str, limit: int) -> bytes:
 
 def _spool(files: Any, path: str) -> archives.OpenArchive:
     with files.open(path, "rb") as file:
-        return archives.spool(file, path)
+        return archives.spool(file, path, partial(_spool, files, path))
+
+
+def _open_parquet(files: Any, path: str) -> Any:
+    return tables.import_pyarrow("pyarrow.parquet").ParquetFile(files.open(path, "rb"))
 
 
 def _info(files: Any, path: str, url: str) -> dict[str, Any]:

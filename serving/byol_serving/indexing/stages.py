@@ -79,7 +79,10 @@ def decode(entry: Entry, how: Preprocess, limits: ImageLimits, ids: Ids) -> Deco
 
 def encode(batch: Sequence[Decoded], encoder: Embeds) -> list[Row | Rejected]:
     """Embeds a batch in one call of the encoder; results in its order."""
-    vectors = encoder.embed(np.stack([each.pixels for each in batch]))
+    pixels = [each.pixels for each in batch]
+    # An encoder may run a lone image in another way when it is idle: its bits would hang on chance.
+    lone = [pixels[0]] if len(pixels) == 1 else []
+    vectors = encoder.embed(np.stack(pixels + lone))[: len(pixels)]
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     usable = np.isfinite(lengths) & (lengths > 0)
     return [

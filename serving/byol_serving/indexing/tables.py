@@ -83,7 +83,7 @@ class ParquetSource:
         """Reads the id column only; raises InvalidSource where a file or a column is unfit."""
         for table in self._tables:
             try:
-                rows = _RowGroups(table.open(), table.path, self._image_column, self._id_column)
+                rows = _RowGroups(table, self._image_column, self._id_column)
                 yield from _entries(table, rows)
             except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
                 raise InvalidSource(f"{table.path} cannot be read as Parquet ({error})") from error
@@ -96,25 +96,37 @@ class ParquetSource:
 class _RowGroups:
     """A Parquet file's rows by row group and position, the last groups kept. Thread-safe."""
 
-    def __init__(self, file: Any, path: str, image: str | None, name: str | None) -> None:
-        columns = file.schema_arrow.names
-        self.file = file
-        found = _choose(path, columns, image, IMAGE_COLUMNS)
+    def __init__(self, table: Table, image: str | None, name: str | None) -> None:
+        self._given = (table, image, name)
+        self.file = table.open()
+        columns = self.file.schema_arrow.names
+        found = _choose(table.path, columns, image, IMAGE_COLUMNS)
         if found is None:
             raise InvalidSource(
-                f"{path} has no image column (its columns are {', '.join(columns)});"
+                f"{table.path} has no image column (its columns are {', '.join(columns)});"
                 " name it with image_column"
             )
         self.image = found
-        self.id = _choose(path, columns, name, ID_COLUMNS)
+        self.id = _choose(table.path, columns, name, ID_COLUMNS)
         self._open: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Entries travel to other processes: what arrives there opens the file anew."""
+        return _RowGroups, self._given
+
     def row(self, group: int, position: int) -> dict[str, Any]:
-        """One row; the lock is held while a group is read, since every waiter needs it."""
+        """One row; the lock is held while a group is read, since every waiter needs it.
+
+        Raises:
+            OSError: the group is damaged.
+        """
         with self._lock:
             if group not in self._open:
-                self._open[group] = self.file.read_row_group(group).to_pylist()
+                try:
+                    self._open[group] = self.file.read_row_group(group).to_pylist()
+                except ValueError as error:  # pyarrow's own errors are ValueErrors
+                    raise OSError(f"row group {group} is damaged: {error}") from error
                 while len(self._open) > OPEN_ROW_GROUPS:
                     self._open.popitem(last=False)
             return self._open[group][position]

@@ -5,6 +5,7 @@ switch itself is one assignment. One change at a time: it needs the memory of tw
 """
 
 import asyncio
+import gc
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -75,12 +76,12 @@ class ModelKeeper:
         """
         async with self._change:
             name = name or self._models.default
-            before = self._models.versions(name).get(self._models.in_use(name))
+            before = self._models.in_use(name)
             model = await self._load(name, version)
             self._models.use(model)
             log.info("model=%s version=%s is in use", model.name, model.version)
-            if unload_previous and before is not None and before is not model:
-                await self._unload(before)
+            if unload_previous and before not in ("", model.version):
+                await self._unload(name, before)
             return model
 
     async def refresh(self) -> None:
@@ -102,7 +103,9 @@ class ModelKeeper:
                     f"version {model.version!r} of model {model.name!r} is in use; switch to"
                     " another version first"
                 )
-            await self._unload(model)
+            name, version = model.name, model.version
+            del model  # `_unload` is to let go of the last reference
+            await self._unload(name, version)
 
     async def _load(self, name: str, version: str) -> Model:
         if not name:
@@ -125,11 +128,16 @@ class ModelKeeper:
         await self._say(f"{name}/{version}", True)
         return model
 
-    async def _unload(self, model: Model) -> None:
+    async def _unload(self, name: str, version: str) -> None:
+        model = self._models.find(name, version)
         self._models.remove(model)
-        await self._say(f"{model.name}/{model.version}", False)
-        if not self._models.versions(model.name):
-            await self._say(model.name, False)
+        log.info("model=%s version=%s is unloaded", name, version)
+        await self._say(f"{name}/{version}", False)
+        if not self._models.versions(name):
+            await self._say(name, False)
         # Whoever asked may leave: the threads must end all the same.
         await asyncio.shield(model.close())
-        log.info("model=%s version=%s is unloaded", model.name, model.version)
+        # Pipeline, batchers and encoder refer to each other, and Python, which sees only small
+        # objects, would leave the sessions' memory lying for long.
+        del model
+        await asyncio.to_thread(gc.collect)

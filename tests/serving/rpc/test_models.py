@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from byol_serving.bundle import write_bundle
 from byol_serving.client import AsyncClient
 from byol_serving.client_admin import AdminClient
 from byol_serving.config import ServeConfig
+from byol_serving.encoder import Encoder
 from byol_serving.errors import (
     EncoderMismatch,
     FailedPrecondition,
@@ -233,3 +235,24 @@ def test_the_shelf_refuses_two_of_a_name(folder: Path, tmp_path: Path) -> None:
         Shelf(bundle.path, folder)
     with pytest.raises(InvalidConfig, match="is not a folder"):
         Shelf(None, tmp_path / "none")
+
+
+async def test_what_is_unloaded_is_let_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders: list[weakref.ref[Encoder]] = []
+
+    class Watched(Encoder):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            encoders.append(weakref.ref(self))
+
+    monkeypatch.setattr("byol_serving.server.Encoder", Watched)
+    config = ServeConfig(models=folder, default_model="cats", port=0)
+    async with serving(config) as running, AsyncClient(running.address) as client:
+        with AdminClient(running.address, timeout=20) as admin:
+            await client.extract_features(PIXELS, ["cells"])
+            for version in ("v2", "v10", "v2"):
+                await client.embed(FILES)
+                await asyncio.to_thread(admin.switch_model, "cats", version, unload_previous=True)
+        alive = [each for each in encoders if each() is not None]
+        assert len(encoders) == 3 + 2
+        assert len(alive) == 2  # cats v2 and dogs

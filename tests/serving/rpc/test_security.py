@@ -16,7 +16,7 @@ import pytest
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from byol_serving.client import AsyncClient, ClientTls, Retry
+from byol_serving.client import AsyncClient, ClientTls, Retry, SearchOptions
 from byol_serving.client_admin import AdminClient
 from byol_serving.config import ServeConfig, TlsConfig, is_loopback
 from byol_serving.errors import Forbidden, InvalidConfig, Overloaded, Unauthenticated, Unavailable
@@ -69,8 +69,13 @@ async def test_scopes_decide_who_may_call_what(
                 await client.create_collection("c")
         async with connect(writer) as client:
             await client.create_collection("c")
+            await client.upsert("c", ["a"], images=PIXELS[:1])
             with pytest.raises(Forbidden, match="needs read"):
                 await client.collections()
+        with AdminClient(running.address, token=reader, retry=ONCE) as blocking:
+            batches = [reference(PIXELS[:1])] * 2
+            answers = blocking.search_stream("c", batches, SearchOptions(k=1))
+            assert [hits[0].id for (hits,) in await asyncio.to_thread(list, answers)] == ["a", "a"]
         with AdminClient(running.address, token=chief, retry=ONCE) as admin:
             assert (await asyncio.to_thread(admin.models))[0].name == "tiny"
         with (
@@ -282,3 +287,17 @@ def test_tls_files_that_do_not_fit_are_refused_at_once(bundle_path: Path, tmp_pa
 
     with pytest.raises(InvalidConfig, match="cannot be used"):
         asyncio.run(start())
+
+
+async def test_clients_take_tls_from_the_environment(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    mine, my_key = authority.issue("client")
+    tls = TlsConfig(cert=cert, key=key, client_ca=authority.ca)
+    async with serving(ServeConfig(bundle=bundle_path, port=0, tls=tls)) as running:
+        for name, path in (("CA", authority.ca), ("CERT", mine), ("KEY", my_key)):
+            monkeypatch.setenv(f"BYOL_TLS_{name}", str(path))
+        async with AsyncClient(running.address, timeout=20) as client:
+            np.testing.assert_allclose(await client.embed(PIXELS), reference(PIXELS), atol=1e-5)

@@ -1,0 +1,122 @@
+"""Clients of one server, in a process of their own: benchmarks/serve_load.py starts it.
+
+The first line on stdin says where the server is and gives files with ready-made request bodies, so
+that the clients cost as little as possible; each further line is a window of load and is answered
+with what happened in it. Closed loop: each client sends the next request when it has an answer.
+"""
+
+import asyncio
+import itertools
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import uvloop
+
+Send = Callable[[bytes], Awaitable[int]]
+"""Sends a request's body and returns the size of the answer's."""
+
+
+async def main() -> None:
+    """Serves the windows."""
+    setup = json.loads(sys.stdin.readline())
+    bodies = itertools.cycle(read_all(Path(setup["bodies"])))
+    connect = grpc_sender if setup["protocol"] == "grpc" else http_sender
+    print(json.dumps({"ready": True}), flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        window = json.loads(line)
+        senders = await connect(setup, window["clients"])
+        answer = await load(senders, bodies, window["seconds"], setup["answer_bytes"])
+        print(json.dumps(answer), flush=True)
+
+
+def read_all(folder: Path) -> list[bytes]:
+    """The files of a folder, in order."""
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+async def load(
+    senders: list[Send], bodies: Iterator[bytes], seconds: float, answer_bytes: int
+) -> dict[str, Any]:
+    """All clients at once; the window begins when each has had about one answer."""
+    latencies: list[float] = []
+    failed = answered = 0
+    begin = asyncio.Event()
+    stopping = False
+
+    async def client(send: Send) -> None:
+        nonlocal failed, answered
+        while not stopping:
+            sent = time.perf_counter()
+            try:
+                good = await send(next(bodies)) >= answer_bytes
+            except (grpc.RpcError, OSError, asyncio.IncompleteReadError):
+                good = False
+                await asyncio.sleep(0.05)  # a dead connection fails without giving others a turn
+            answered += 1
+            if begin.is_set():
+                failed += not good
+                if good:
+                    latencies.append(time.perf_counter() - sent)
+            elif answered >= len(senders):
+                begin.set()
+
+    clients = [asyncio.ensure_future(client(send)) for send in senders]
+    await begin.wait()
+    began, cpu = time.perf_counter(), time.process_time()
+    await asyncio.sleep(seconds)
+    took, used = time.perf_counter() - began, time.process_time() - cpu
+    counted = list(latencies)
+    stopping = True  # and not cancelled: peers were seen to hang after calls that were given up
+    await asyncio.gather(*clients)
+    return {"latencies": counted, "seconds": took, "failed": failed, "client_cpu_s": used}
+
+
+async def grpc_sender(setup: dict[str, Any], clients: int) -> list[Send]:
+    """One connection for all: HTTP/2 carries many calls at a time."""
+    global _channel
+    if _channel is None:
+        _channel = grpc.aio.insecure_channel(setup["address"])
+    call: Any = _channel.unary_unary(setup["method"])  # bytes in, bytes out
+
+    async def send(body: bytes) -> int:
+        return len(await call(body, timeout=60))
+
+    return [send] * clients
+
+
+async def http_sender(setup: dict[str, Any], clients: int) -> list[Send]:
+    """A connection for each client, new in each window: servers end those that were idle."""
+    host, _, port = setup["address"].rpartition(":")
+    while _connections:
+        _connections.pop()[1].close()
+    opening = (asyncio.open_connection(host, int(port)) for _ in range(clients))
+    _connections.extend(await asyncio.gather(*opening))
+    head = (
+        f"POST {setup['method']} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {setup['content']}\r\n"
+    )
+
+    def sender(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Send:
+        async def send(body: bytes) -> int:
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+            writer.write(body)
+            lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
+            length = next(int(ln.split(":")[1]) for ln in lines if ln.startswith("content-length"))
+            await reader.readexactly(length)
+            return length if lines[0].split()[1] == "200" else -1
+
+        return send
+
+    return [sender(*connection) for connection in _connections]
+
+
+_channel: grpc.aio.Channel | None = None
+_connections: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())

@@ -1,0 +1,198 @@
+"""Offline indexing: ours against its two limits and the bound that they set together.
+
+ResNet-18 at 224 on photographs, and with the small-image stem at 32 on CIFAR-10, both exported
+with untrained weights. `decode` reads and decodes and nothing else, in as many threads as ours;
+`encode` embeds pixels that are there already. On a CPU both want the same cores, so that the bound
+of any pipeline is 1 / (1 / decode + 1 / encode); on a GPU it is the lower of the two. `ours` is the
+whole run, journal and Parquet files included; `ray` the same on a local Ray cluster.
+"""
+
+import importlib.util
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from byol_serving.bundle import Bundle
+from byol_serving.encoder import Encoder
+from byol_serving.images import ImageLimits, Pixels, Preprocess
+from byol_serving.indexing.pipeline import ahead, run
+from byol_serving.indexing.plan import EmbedPlan
+from byol_serving.indexing.sinks import ParquetSink
+from byol_serving.indexing.sources import Entry, open_source
+from byol_serving.indexing.stages import Decoded, decode
+from byol_training.config import AugmentConfig
+from byol_training.data import list_images, load_images
+from byol_training.encoders import build_encoder
+from byol_training.export import export_bundle
+from harness import Options, Rate, interleaved, options, report
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of images and the encoder for it."""
+
+    name: str
+    images: Path
+    size: int
+    stem: str
+    count: int
+
+
+def main() -> None:
+    """Measures and prints."""
+    chosen = options(__doc__ or "")
+    photos, small = (48, 400) if chosen.quick else (500, 10_000)
+    cases = [
+        Case("photos", SHARED / "photos" / "photos.tar", 224, "imagenet", photos),
+        Case("cifar", SHARED / "cifar10" / "test.tar", 32, "small", small),
+    ]
+    results: dict[str, Rate] = {}
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        on_ray = chosen.peers and importlib.util.find_spec("ray") is not None
+        if on_ray:
+            stack.enter_context(ray_session())
+        for case in cases:
+            if not case.images.exists():
+                raise SystemExit(f"{case.images} is not there; see benchmarks/README.md")
+            found = measure(case, Path(scratch) / case.name, chosen, on_ray=on_ray)
+            ours, bound = found["ours"].median, found["bound"].median
+            ratios[f"vs_bound_{case.name}"] = ours / bound
+            if on_ray:
+                ratios[f"ray_vs_local_{case.name}"] = found["ray"].median / ours
+            results |= {f"{case.name} {name}": rate for name, rate in found.items()}
+    facts = {case.name: f"{case.count} images, ResNet-18 at {case.size}" for case in cases}
+    packages = ["onnxruntime", "pyarrow", *(["ray"] if on_ray else [])]
+    report("offline", chosen, results, ratios, packages=packages, facts=facts)
+
+
+def measure(case: Case, scratch: Path, chosen: Options, *, on_ray: bool) -> dict[str, Rate]:
+    """Every candidate's images/s, and the bound, round by round."""
+    scratch.mkdir()
+    bundle = export(case, scratch / "bundle")
+    encoder = Encoder(bundle)
+    entries = list(islice(open_source(case.images).entries(), case.count))
+    source = unpack(entries, scratch / "images")
+    how = bundle.info.preprocess
+    pixels = np.stack([each.pixels for each in decoded(entries, how) if isinstance(each, Decoded)])
+    numbers = count()
+    candidates: dict[str, Callable[[], float]] = {
+        "decode": partial(decode_limit, entries, how),
+        "encode": partial(encode_limit, encoder, pixels),
+        "ours": lambda: ours(source, bundle, encoder, scratch / f"out-{next(numbers)}", case.count),
+    }
+    if on_ray:
+        candidates["ray"] = lambda: on_cluster(
+            source, bundle, scratch / f"ray-{next(numbers)}", case.count
+        )
+    found = interleaved(candidates, unit="images/s", repeats=1 if chosen.quick else 5)
+    pairs = zip(found["decode"].values, found["encode"].values, strict=True)
+    on_cpu = encoder.provider == "CPUExecutionProvider"
+    bounds = (1 / (1 / d + 1 / e) if on_cpu else min(d, e) for d, e in pairs)
+    return {**found, "bound": Rate("images/s", tuple(bounds))}
+
+
+def export(case: Case, path: Path) -> Bundle:
+    """An untrained ResNet-18 as a bundle."""
+    torch.manual_seed(0)
+    samples = load_images(case.images, case.size, only=list_images(case.images)[:8]).pixels
+    normal = AugmentConfig()
+    return export_bundle(
+        build_encoder("resnet18", case.stem),
+        path,
+        name=case.name,
+        preprocess=Preprocess(size=case.size),
+        mean=normal.mean,
+        std=normal.std,
+        samples=samples,
+        training={},
+    )
+
+
+def unpack(entries: list[Entry], folder: Path) -> Path:
+    """The images as files; in the page cache afterwards, so that no run waits for the disk."""
+    for entry in entries:
+        path = folder / entry.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(entry.load(2**30).data)
+    return folder
+
+
+def decoded(entries: list[Entry], how: Preprocess) -> Iterator[Any]:
+    """What the decode stage gives for each entry."""
+    call = partial(decode, how=how, limits=ImageLimits(), ids="name")
+    threads = EmbedPlan(source="", out=Path()).threads
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(call, entries, chunksize=1)
+
+
+def decode_limit(entries: list[Entry], how: Preprocess) -> float:
+    """Reading and decoding alone."""
+    began = time.perf_counter()
+    deque(decoded(entries, how), maxlen=0)
+    return len(entries) / (time.perf_counter() - began)
+
+
+def encode_limit(encoder: Encoder, pixels: Pixels, batch: int = 64) -> float:
+    """The encoder alone, with as many batches at a time as it takes."""
+    batches = [pixels[at : at + batch] for at in range(0, len(pixels), batch)]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(encoder.workers) as pool:
+        deque(ahead(pool, encoder.embed, batches, encoder.workers + 1), maxlen=0)
+    return len(pixels) / (time.perf_counter() - began)
+
+
+def ours(source: Path, bundle: Bundle, encoder: Encoder, out: Path, images: int) -> float:
+    """The whole run into Parquet files."""
+    info = bundle.info
+    plan, sink = EmbedPlan(source=source, out=out), ParquetSink(info.dim, info.encoder_id)
+    began = time.perf_counter()
+    summary = run(plan, [encoder] * encoder.workers, sink)
+    rate = images / (time.perf_counter() - began)
+    assert summary.done == images, summary
+    shutil.rmtree(out)
+    return rate
+
+
+def on_cluster(source: Path, bundle: Bundle, out: Path, images: int) -> float:
+    """The same on Ray; shards are small enough that every processor has some."""
+    from byol_serving.indexing import ray_engine
+
+    info = bundle.info
+    plan = EmbedPlan(source=source, out=out, shard_size=min(512, -(-images // 8)))
+    began = time.perf_counter()
+    summary = ray_engine.run(plan, bundle, ParquetSink(info.dim, info.encoder_id), device="cpu")
+    rate = images / (time.perf_counter() - began)
+    assert summary.done == images, summary
+    shutil.rmtree(out)
+    return rate
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """A local cluster that all repeats use: a cluster is started once, and runs for days."""
+    import ray
+
+    ray.init(address="local", log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""The embedding server under load: ours, the raw limit, LitServe and Triton.
+
+Three loads: VGA photographs with ResNet-18 at 224; the same with a tiny encoder; JPEGs of 32 pixels
+with a tiny encoder, where the server and not the model is measured. `raw` decodes and runs ONNX
+Runtime in one process with as many threads and batches as our server, and no server. All servers
+are alive together and are measured in rotating windows; peers decode with our decoder.
+"""
+
+import itertools
+import queue
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from decode import vga_against_pillow
+from load_material import (
+    Load,
+    centred_cosine,
+    photographs,
+    pixels_of,
+    resnet18,
+    small_images,
+    tiny_encoder,
+    write_images,
+)
+from load_servers import Server, Window, ours, peer
+
+from byol_serving.batch_curve import BatchCurve
+from byol_serving.bundle import Bundle, cosine_distance
+from byol_serving.encoder import Encoder
+from byol_serving.images import Pixels, load_input
+from harness import Options, Rate, interleaved, options, report
+
+CLIENTS = (1, 8, 32, 128)
+PEERS = ("litserve", "pytriton")
+PEER_CLIENTS = 32
+MOST_IN_A_BATCH = 16
+"""Of the raw loop: larger batches of decoding win nothing, and make its windows coarse."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A load's windows, by what was measured, and what else was seen."""
+
+    rates: dict[str, list[float]]
+    windows: dict[str, list[Window]]
+    memory_mb: dict[str, float]
+    raw_single_ms: float
+
+    def ratio(self, name: str, other: str) -> float:
+        """The median over the rounds, each compared within itself."""
+        pairs = zip(self.rates[name], self.rates[other], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def main() -> None:
+    """Measures and prints."""
+    chosen = options(__doc__ or "")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended too
+    rounds, seconds = (1, 0.6) if chosen.quick else (7, 5.0)
+    photos, small = photographs(16 if chosen.quick else 64), small_images(256)
+    results: dict[str, Rate] = {}
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        samples = pixels_of(photos, 224)
+        vga = write_images(scratch / "vga", photos)
+        full = resnet18(scratch / "resnet18", samples, "fp32")
+        loads = (
+            Load("resnet18", full, vga),
+            Load("vga_tiny", tiny_encoder(scratch / "tiny224", 224), vga),
+            Load(
+                "tiny",
+                tiny_encoder(scratch / "tiny32", 32),
+                write_images(scratch / "small", small),
+            ),
+        )
+        for load in loads:
+            # A quick run has time for the peers on one load only: where they differ most.
+            peers = PEERS if chosen.peers and (load.name == "tiny" or not chosen.quick) else ()
+            found = measure(load, scratch, peers, rounds, seconds)
+            print_windows(load, found)
+            for each, values in found.rates.items():
+                results[f"{load.name} {each}"] = Rate("images/s", tuple(values))
+            ratios |= ratios_of(load.name, found, peers)
+        low = resnet18(scratch / "int8", samples, "int8")
+        results |= (speeds := precision_speeds(full, low, chosen))
+        ratios["int8_vs_fp32"] = speeds["int8 session"].median / speeds["fp32 session"].median
+        ratios |= precision_cosines(full, low, samples[1::2])
+    ratios["decode_vs_pillow"] = vga_against_pillow(photos)
+    report(
+        "serve_load",
+        chosen,
+        results,
+        ratios,
+        packages=["onnxruntime", "grpcio", "simplejpeg"],
+        facts={"photographs": len(photos), "rounds": rounds, "seconds": seconds},
+    )
+
+
+def measure(
+    load: Load, scratch: Path, peers: tuple[str, ...], rounds: int, seconds: float
+) -> Measured:
+    """Rotating windows, the first round not counted; all servers are alive throughout."""
+    files = [path.read_bytes() for path in sorted(load.images.iterdir())]
+    encoder = Encoder(load.bundle, device="cpu")
+    curve = encoder.warm_up(64)
+    rates: dict[str, list[float]] = {}
+    windows: dict[str, list[Window]] = {}
+    with ExitStack() as stack:
+        servers: dict[str, Server] = {"ours": ours(load, scratch)}
+        stack.callback(servers["ours"].stop)
+        for name in peers:
+            servers[name] = peer(name, load, scratch)
+            stack.callback(servers[name].stop)
+        # Many requests to a large encoder take seconds, which a quick run does not have.
+        slow, quick = load.name == "resnet18", seconds < 1
+        most = (8 if slow else 32) if quick else max(CLIENTS)
+        plan = [(f"ours, {n} clients", "ours", n) for n in CLIENTS if n <= most]
+        plan += [(f"{name}, {PEER_CLIENTS} clients", name, PEER_CLIENTS) for name in peers]
+        single = raw_single_ms(files, load.bundle, encoder, seconds)
+        for number in range(rounds + 1):
+            raw = raw_loop(files, encoder, curve, load.bundle, seconds)
+            if number:
+                rates.setdefault("raw", []).append(raw)
+            for label, name, clients in plan:
+                window = servers[name].window(clients, seconds)
+                if number:
+                    rates.setdefault(label, []).append(window.images_per_s)
+                    windows.setdefault(label, []).append(window)
+        memory = {name: server.memory_mb() for name, server in servers.items()}
+    return Measured(rates, windows, memory, single)
+
+
+def raw_loop(
+    files: list[bytes], encoder: Encoder, curve: BatchCurve, bundle: Bundle, seconds: float
+) -> float:
+    """Images a second of decoding and inference, each in threads of its own, a queue between."""
+    how, batch = bundle.info.preprocess, min(curve.best, MOST_IN_A_BATCH)
+    source, lock = itertools.cycle(files), threading.Lock()
+    decoded: queue.Queue[Pixels | None] = queue.Queue(maxsize=4)
+    ended: list[float] = []
+    ends = time.perf_counter() + seconds
+
+    def decode() -> None:
+        while time.perf_counter() < ends:
+            with lock:
+                taken = list(itertools.islice(source, batch))
+            decoded.put(np.stack([load_input(data, how) for data in taken]))
+        decoded.put(None)
+
+    def infer() -> None:
+        while (pixels := decoded.get()) is not None:
+            encoder.embed(pixels)
+            ended.append(time.perf_counter())
+
+    threads = [
+        threading.Thread(target=step) for step in (decode, infer) for _ in range(encoder.workers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # From the first batch, when the pipeline is full, to the last of those that began in time.
+    within = sorted(each for each in ended if each <= ends) or sorted(ended)
+    return (len(within) - 1) * batch / max(within[-1] - within[0], 1e-9)
+
+
+def raw_single_ms(files: list[bytes], bundle: Bundle, encoder: Encoder, seconds: float) -> float:
+    """The median time of one image alone: decoded and embedded by a plain call."""
+    times = []
+    ends = time.perf_counter() + seconds
+    for data in itertools.cycle(files):
+        began = time.perf_counter()
+        encoder.embed(load_input(data, bundle.info.preprocess)[None])
+        times.append(time.perf_counter() - began)
+        if time.perf_counter() > ends:
+            break
+    return 1000 * statistics.median(times)
+
+
+def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, float]:
+    """The ratios that the project's targets speak of."""
+    ours_all = [name for name in found.windows if name.startswith("ours")]
+    busy = max(ours_all, key=lambda name: found.ratio(name, "raw"))
+    names = {"resnet18": "saturated_vs_raw", "vga_tiny": "vga_tiny_vs_raw", "tiny": "tiny_vs_raw"}
+    ratios = {names[load]: found.ratio(busy, "raw")}
+    for name in peers:
+        theirs = f"{name}, {PEER_CLIENTS} clients"
+        ratios[f"{load}_vs_{name}"] = found.ratio(f"ours, {PEER_CLIENTS} clients", theirs)
+    steady = found.windows["ours, 8 clients"]
+    ratios[f"{load}_p99_vs_p50"] = statistics.median(w.p99_ms / w.p50_ms for w in steady)
+    alone = statistics.median(w.p50_ms for w in found.windows["ours, 1 clients"])
+    key = "idle_overhead_ms" if load == "vga_tiny" else f"{load}_idle_overhead_ms"
+    ratios[key] = alone - found.raw_single_ms
+    return ratios
+
+
+def print_windows(load: Load, found: Measured) -> None:
+    """What the report's table has no columns for."""
+    print(f"\n{load.name}: one image alone takes {found.raw_single_ms:.2f} ms raw")
+    print(f"  {'':24}images/s   p50 ms   p99 ms  CPU ms/image  of clients   failed")
+    for label, windows in found.windows.items():
+
+        def median(of: Callable[[Window], float], among: list[Window] = windows) -> float:
+            return statistics.median(map(of, among))
+
+        print(
+            f"  {label:24}{median(lambda w: w.images_per_s):8.1f}"
+            f" {median(lambda w: w.p50_ms):8.2f} {median(lambda w: w.p99_ms):8.2f}"
+            f" {median(lambda w: w.cpu_ms):13.2f} {median(lambda w: w.client_cpu_ms):11.2f}"
+            f" {sum(w.failed for w in windows):8}"
+        )
+    print("  memory:", ", ".join(f"{name} {mb:.0f} MB" for name, mb in found.memory_mb.items()))
+
+
+def precision_speeds(full: Bundle, low: Bundle, chosen: Options) -> dict[str, Rate]:
+    """Images a second of the two sessions alone, both cores, batches of 8."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8)
+
+    def speed(bundle: Bundle) -> Callable[[], float]:
+        encoder = Encoder(bundle, device="cpu")
+
+        def run() -> float:
+            def batches() -> None:
+                for _ in range(2 if chosen.quick else 5):
+                    encoder.embed(pixels)
+
+            threads = [threading.Thread(target=batches) for _ in range(encoder.workers)]
+            began = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            images = len(threads) * (2 if chosen.quick else 5) * len(pixels)
+            return images / (time.perf_counter() - began)
+
+        return run
+
+    candidates = {"fp32 session": speed(full), "int8 session": speed(low)}
+    return interleaved(candidates, unit="images/s", repeats=3 if chosen.quick else 7)
+
+
+def precision_cosines(full: Bundle, low: Bundle, held_out: Pixels) -> dict[str, float]:
+    """On real images that calibrated nothing; centred is the harder comparison."""
+    wanted = Encoder(full, device="cpu").embed(held_out)
+    got = Encoder(low, device="cpu").embed(held_out)
+    return {
+        "int8_cosine_min": float(1 - cosine_distance(got, wanted).max()),
+        "int8_cosine_centred": centred_cosine(got, wanted),
+    }
+
+
+if __name__ == "__main__":
+    main()
