@@ -58,7 +58,7 @@ class Measured:
 def main() -> None:
     """Measures and prints."""
     chosen = options(__doc__ or "")
-    count, queries = (100_000, 512) if chosen.quick else (1_000_000, 2048)
+    count, queries = (30_000, 512) if chosen.quick else (1_000_000, 2048)
     datasets = [("", clustered(count, queries))]
     if not chosen.quick and CIFAR.exists():
         datasets.append(("cifar10 ", pictures(queries)))
@@ -200,7 +200,8 @@ def asking_peer(peer: Peer, slow: int | None, slow_filtered: int | None) -> Ask:
         count: int, batch: int, effort: int, below: int | None
     ) -> tuple[float, Sequence[Sequence[int]]]:
         most = slow_filtered if below is not None else slow
-        count = count if most is None else min(count, most)
+        if most is not None:
+            count = min(count, most if batch > 1 else most // 8)
         answer = peer.ask(count=count, batch=batch, k=K, effort=effort, below=below)
         return float(answer["queries_per_s"]), answer["ids"]
 
