@@ -80,7 +80,7 @@ def test_every_command_can_answer_in_json(command: str) -> None:
 def test_an_error_is_one_line_and_json_if_asked_for(tmp_path: Path) -> None:
     run = byol("train", tmp_path / "nowhere", "--out", tmp_path / "run", "--json", code=1)
     assert run.stderr.count("\n") == 1
-    assert "nowhere does not exist; give a folder or a tar" in run.stderr
+    assert "nowhere does not exist; give a folder, a tar archive" in run.stderr
     assert json.loads(run.stdout)["error"] == "InvalidSource"
 
 
