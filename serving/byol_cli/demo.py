@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True)
 @click.option(
-    "--train-seconds", default=120.0, show_default=True, help="Time that pretraining may take."
+    "--train-seconds", default=180.0, show_default=True, help="Time that pretraining may take."
 )
 @json_option
 def command(data: str, out: Path, train_seconds: float, as_json: bool) -> None:
