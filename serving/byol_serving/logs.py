@@ -45,6 +45,8 @@ def configure(form: str, level: str, *, calls: bool) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("byol.rpc").setLevel(logging.NOTSET if calls else logging.WARNING)
+    # It tells, build by build, which of its variants this processor cannot run.
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
 
 
 def say_settings(settings: Mapping[str, tuple[object, str]]) -> None:
