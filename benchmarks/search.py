@@ -39,6 +39,7 @@ _AT_ONCE = 5000
 _SLOW = {"milvus": 64, "lancedb": 64}
 _SLOW_FILTERED = {"hnswlib": 16, "milvus": 64, "lancedb": 64}
 """Queries of a round where all would take minutes; hnswlib's filter is a Python function."""
+_ALL = 1 << 20
 _MILVUS_MOST = 200_000  # its create_index times out at a million
 _OPTIONS = IndexOptions(snapshot_every=10**9)
 
@@ -58,7 +59,7 @@ class Measured:
 def main() -> None:
     """Measures and prints."""
     chosen = options(__doc__ or "")
-    count, queries = (30_000, 512) if chosen.quick else (1_000_000, 2048)
+    count, queries = (10_000, 256) if chosen.quick else (1_000_000, 2048)
     datasets = [("", clustered(count, queries))]
     if not chosen.quick and CIFAR.exists():
         datasets.append(("cifar10 ", pictures(queries)))
@@ -89,11 +90,11 @@ def measure(chosen: Options, data: Data, scratch: Path, prefix: str, into: Measu
         into.facts[f"{prefix}ours recall measured"] = round(stats.recall, 3)
         engines: dict[str, Ask] = {}
         if chosen.peers:
-            engines |= peers(stack, data, scratch, prefix, into)
+            engines |= peers(chosen, stack, data, scratch, prefix, into)
         engines["ours"] = asking(ours, data)
         (graph,) = (scratch / "store" / "c").glob("index-*.faiss")
         engines["faiss"] = asking_faiss(faiss.read_index(str(graph)), data)
-        repeats = 3 if chosen.quick else 5
+        repeats = 2 if chosen.quick else 5
         unfiltered(engines, data, repeats, prefix, into)
         filtered(engines, data, repeats, prefix, into)
         store.backup(scratch / "served")
@@ -118,21 +119,25 @@ def filled(store: Store, data: Data) -> LocalCollection:
 
 
 def peers(
-    stack: ExitStack, data: Data, scratch: Path, prefix: str, into: Measured
+    chosen: Options, stack: ExitStack, data: Data, scratch: Path, prefix: str, into: Measured
 ) -> dict[str, Ask]:
     """The peers, built one after another."""
     files = {name: str(scratch / f"{name}.npy") for name in ("vectors", "picks", "queries")}
     for name, file in files.items():
         np.save(file, getattr(data, name))
     found: dict[str, Ask] = {}
+    fewer = 8 if chosen.quick else 1
     for name in PEERS:
-        if name == "milvus" and len(data.vectors) > _MILVUS_MOST:
-            into.facts[f"{prefix}milvus"] = f"not run above {_MILVUS_MOST:,}"
+        if name == "milvus" and (chosen.quick or len(data.vectors) > _MILVUS_MOST):
+            why = "takes minutes" if chosen.quick else f"not run above {_MILVUS_MOST:,}"
+            into.facts[f"{prefix}milvus"] = why
             continue
         peer = stack.enter_context(Peer(f"{name}_peer.py", **files))
         into.facts[f"{prefix}{name} build_s"] = round(peer.setup["build_s"], 1)
         into.facts[f"{prefix}{name} peak_mb"] = peer.setup["peak_mb"]
-        found[name] = asking_peer(peer, _SLOW.get(name), _SLOW_FILTERED.get(name))
+        found[name] = asking_peer(
+            peer, _SLOW.get(name, _ALL) // fewer, _SLOW_FILTERED.get(name, _ALL) // fewer
+        )
     return found
 
 
@@ -193,15 +198,14 @@ def asking_faiss(index: Any, data: Data) -> Ask:
     return ask
 
 
-def asking_peer(peer: Peer, slow: int | None, slow_filtered: int | None) -> Ask:
-    """A peer in its own process."""
+def asking_peer(peer: Peer, most: int, most_filtered: int) -> Ask:
+    """A peer in its own process, asked so many queries a round at most."""
 
     def ask(
         count: int, batch: int, effort: int, below: int | None
     ) -> tuple[float, Sequence[Sequence[int]]]:
-        most = slow_filtered if below is not None else slow
-        if most is not None:
-            count = min(count, most if batch > 1 else most // 8)
+        limit = most if below is None else most_filtered
+        count = min(count, limit if batch > 1 else max(1, limit // 8))
         answer = peer.ask(count=count, batch=batch, k=K, effort=effort, below=below)
         return float(answer["queries_per_s"]), answer["ids"]
 

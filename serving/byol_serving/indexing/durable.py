@@ -1,10 +1,10 @@
 """Files that are whole or not there, whatever happens in between."""
 
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from byol_serving.collections.disk import publish
 from byol_serving.errors import StoreError
 
 
@@ -18,9 +18,7 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(scratch)
-        fsync(scratch)
-        scratch.replace(path)
-        fsync(path.parent)
+        publish(scratch, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)  # on a full disk its bytes are wanted
@@ -28,12 +26,3 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
             f"{path} cannot be written ({error.strerror or error}); mend that and run again:"
             " finished shards are kept"
         ) from error
-
-
-def fsync(path: Path) -> None:
-    """Brings a file's bytes, or a folder's names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
 
+from byol_serving.collections.disk import sync
 from byol_serving.errors import (
     EncoderMismatch,
     InvalidConfig,
@@ -29,7 +30,7 @@ from byol_serving.errors import (
     StoreError,
     StoreLocked,
 )
-from byol_serving.indexing.durable import fsync, write_durably
+from byol_serving.indexing.durable import write_durably
 from byol_serving.indexing.sources import Entry
 
 State = Literal["ok", "rejected", "duplicate"]
@@ -173,7 +174,7 @@ class Journal:
             for file in sorted((staging / kind).glob("part-*")):
                 file.replace(target / file.name)
             _truncate(target, shards)
-            fsync(target)
+            sync(target)
         shutil.rmtree(staging)
 
     def _check(self, wanted: Manifest) -> None:
