@@ -118,7 +118,7 @@ def test_stopped_anywhere_a_sync_is_completed_by_the_next(
     (source / "dog" / "029.png").unlink()
     (source / "dog" / "027.png").unlink()
     with monkeypatch.context() as patch:
-        for holder, name in ((journals, "write_durably"), (journals, "fsync"), (Path, "replace")):
+        for holder, name in ((journals, "write_durably"), (journals, "sync"), (Path, "replace")):
             patch.setattr(holder, name, struck(getattr(holder, name), countdown(strike)))
         with pytest.raises(Stopped):
             embed(source, out, encoder, sync=True)
