@@ -62,6 +62,7 @@ class Plan:
     every: int
     peer: bool
     train: bool
+    json: bool
 
 
 def main() -> None:
@@ -74,6 +75,8 @@ def main() -> None:
     results = score(plan, bank, load(CIFAR / "test.tar", plan.queries))
     (plan.out / "curves.svg").write_text(picture(results))
     print(summary(results))
+    if plan.json:
+        print(json.dumps({"benchmark": "proof_cifar", **results}))
 
 
 def options() -> Plan:
@@ -87,7 +90,11 @@ def options() -> Plan:
     parser.add_argument("--gpu", action="store_true", help="the 200-epoch recipe instead")
     parser.add_argument("--no-peer", action="store_true", help="ours only")
     parser.add_argument("--score-only", action="store_true", help="train nothing")
+    parser.add_argument("--quick", action="store_true", help="few images, one epoch: only that it works")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     given = parser.parse_args()
+    if given.quick:
+        given.epochs, given.images, given.queries = 1, 1300, 200
     return Plan(
         out=given.out,
         config=gpu_config() if given.gpu else cpu_config(given.epochs),
@@ -96,6 +103,7 @@ def options() -> Plan:
         every=10 if given.gpu else given.every,
         peer=not given.no_peer,
         train=not given.score_only,
+        json=given.json,
     )
 
 
