@@ -90,7 +90,9 @@ def options() -> Plan:
     parser.add_argument("--gpu", action="store_true", help="the 200-epoch recipe instead")
     parser.add_argument("--no-peer", action="store_true", help="ours only")
     parser.add_argument("--score-only", action="store_true", help="train nothing")
-    parser.add_argument("--quick", action="store_true", help="few images, one epoch: only that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="few images, one epoch: only that it works"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     given = parser.parse_args()
     if given.quick:
