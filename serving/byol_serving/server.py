@@ -131,8 +131,10 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
             models, shelf, partial(_load, config, watching), partial(_say_health, health)
         )
         await keeper.start(config.default_model)
-        store = None if config.store is None else await asyncio.to_thread(open_store, config.store)
-        if store is not None:
+        store = None
+        if config.store is not None:
+            gpu_memory = config.index_gpu_memory
+            store = await asyncio.to_thread(open_store, config.store, gpu_memory=gpu_memory)
             stack.push_async_callback(asyncio.to_thread, store.close)
         blocking = BlockingCalls(config.collection_workers)
         stack.push_async_callback(asyncio.to_thread, blocking.close)

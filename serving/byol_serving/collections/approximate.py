@@ -24,6 +24,7 @@ from byol_serving.collections.exact import (
     share_cores,
     unpack,
 )
+from byol_serving.collections.gpu import Copy, Gpu
 from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.types import Vectors
 
@@ -207,8 +208,7 @@ class Approximate:
             effort: instead of the tuned one.
         """
         share_cores(len(queries))
-        if effort is None:
-            effort = self.tuning.effort if kept == 1 else self._widened(max(kept, 0.05))
+        effort = effort or self._effort(kept)
         covered = min(self.size, len(vectors))
         bits = alive if alive is None or covered == len(vectors) else _first(alive, covered)
         if len(queries) <= _SEARCH_AT_ONCE:
@@ -220,6 +220,32 @@ class Approximate:
                 queries[some], k, vectors, covered, bits, effort
             )
         return found, covered
+
+    def copied(self, gpu: Gpu) -> Copy | None:
+        """A copy on a GPU, of a kind that can be there; None where it does not fit."""
+        with self.lock.reading:
+            return gpu.copy_lists(self.kind, self._index, self.nbytes)
+
+    def search_copy(
+        self,
+        copy: Copy,
+        queries: Vectors,
+        k: int,
+        vectors: Vectors,
+        alive: Bits | None,
+        kept: float,
+        *,
+        effort: int | None = None,
+    ) -> tuple[Found, int] | None:
+        """As `search`, by its copy on a GPU; None where that cannot."""
+        lists = min(effort or self._effort(kept), int(self._index.nlist))
+        found = copy.search(queries, kinds.candidates(self.kind, k), alive, lists)
+        if found is not None and kinds.is_lossy(self.kind):
+            found = rescored(queries, vectors, found[1], k)
+        return None if found is None else (found, copy.size)
+
+    def _effort(self, kept: float) -> int:
+        return self.tuning.effort if kept == 1 else self._widened(max(kept, 0.05))
 
     def _widened(self, kept: float) -> int:
         """The effort where a mask keeps this share, between and beyond the two that were tuned."""

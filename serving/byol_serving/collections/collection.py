@@ -248,6 +248,7 @@ class LocalCollection:
         self._upkeep.stop(snapshot=keep and not self._database.read_only)
         with self._writing:
             self._gone = reason
+            self._index.leave_gpu()
             self._database.close()
 
     # Inside
