@@ -13,9 +13,11 @@ import numpy as np
 
 from byol_serving.collections import kinds
 from byol_serving.collections.exact import (
+    SEARCHING,
     Bits,
     Found,
     Positions,
+    marked,
     nearest,
     nearest_among,
     nothing,
@@ -206,20 +208,21 @@ class Approximate:
             kept: the share of set bits: the smaller, the wider the search.
             effort: instead of the tuned one.
         """
-        share_cores(len(queries))
         if effort is None:
             effort = self.tuning.effort if kept == 1 else self._widened(max(kept, 0.05))
         covered = min(self.size, len(vectors))
         bits = alive if alive is None or covered == len(vectors) else _first(alive, covered)
-        if len(queries) <= _SEARCH_AT_ONCE:
-            return self._search(queries, k, vectors, covered, bits, effort), covered
-        found = nothing(len(queries), k)
-        for start in range(0, len(queries), _SEARCH_AT_ONCE):
-            some = slice(start, start + _SEARCH_AT_ONCE)
-            found[0][some], found[1][some] = self._search(
-                queries[some], k, vectors, covered, bits, effort
-            )
-        return found, covered
+        with SEARCHING:
+            share_cores(len(queries))
+            if len(queries) <= _SEARCH_AT_ONCE:
+                return self._search(queries, k, vectors, covered, bits, effort), covered
+            found = nothing(len(queries), k)
+            for start in range(0, len(queries), _SEARCH_AT_ONCE):
+                some = slice(start, start + _SEARCH_AT_ONCE)
+                found[0][some], found[1][some] = self._search(
+                    queries[some], k, vectors, covered, bits, effort
+                )
+            return found, covered
 
     def _widened(self, kept: float) -> int:
         """The effort where a mask keeps this share, between and beyond the two that were tuned."""
@@ -243,16 +246,17 @@ class Approximate:
         else:
             effort = min(effort, int(self._index.nlist))
         with self.lock.reading:
-            if bits is None and self.size > covered:  # it grew meanwhile, beyond the caller's view
+            if bits is not None:
+                selector = faiss.IDSelectorBitmap(bits)
+            elif self.size > covered:  # it grew meanwhile, beyond the caller's view
                 selector = faiss.IDSelectorRange(0, covered)
             else:
-                selector = None if bits is None else faiss.IDSelectorBitmap(bits)
+                selector = None
             parameters = kinds.parameters(self.kind, effort, selector)
             scores, positions = self._index.search(queries, count, params=parameters)
         if kinds.is_lossy(self.kind):
             return rescored(queries, vectors, positions, k)
-        scores[positions < 0] = -np.inf
-        return scores, positions
+        return marked(scores, positions)
 
     def _tune(self, vectors: Vectors, target: float) -> None:
         """Finds the least efforts that reach the target, or the greatest there are."""

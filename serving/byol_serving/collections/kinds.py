@@ -14,6 +14,7 @@ FAISS's own refined indexes do that too, but cannot leave out what was deleted.
 """
 
 import math
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import faiss as _faiss
@@ -99,9 +100,19 @@ def trained(kind: ApproximateKind, vectors: Vectors) -> Any:
 
 def parameters(kind: ApproximateKind, effort: int, selector: Any) -> Any:
     """FAISS's parameters of one search: how wide a graph is walked, or how many lists are read."""
+    if selector is None:
+        return _unmasked(is_graph(kind), effort)
     if is_graph(kind):
         return faiss.SearchParametersHNSW(efSearch=effort, sel=selector)
     return faiss.SearchParametersIVF(nprobe=effort, sel=selector)
+
+
+@lru_cache(maxsize=256)
+def _unmasked(graph: bool, effort: int) -> Any:
+    """Made once, since a lone search in memory notices; no search changes them."""
+    if graph:
+        return faiss.SearchParametersHNSW(efSearch=effort)
+    return faiss.SearchParametersIVF(nprobe=effort)
 
 
 def efforts(kind: ApproximateKind, index: Any) -> list[int]:
