@@ -37,10 +37,8 @@ class IndexOptions:
     """Items from which approximate kinds are so; below, a scan is as fast and exact."""
     recall_target: float = 0.95
     """Recall@10 that an approximate index is tuned to when it is built."""
-    auto_hnsw_from: int = 20_000
-    auto_ivf_from: int = 2_000_000
-    """`auto` scans below the first, then walks a graph, and above the second reads lists of 8-bit
-    codes, which take a quarter of the graph's memory."""
+    auto_from: int = 20_000
+    """Items from which `auto` reads lists of packed codes; below, it scans."""
     exact_share: float = 0.05
     """A filter that keeps fewer than this share of the items is answered exactly."""
     compact_share: float = 0.25
@@ -228,9 +226,7 @@ class Index:
             case "flat":
                 return None
             case "auto":
-                if count < options.auto_hnsw_from:
-                    return None
-                return "hnsw" if count < options.auto_ivf_from else "ivf-sq8"
+                return "ivf-pq" if count >= options.auto_from else None
             case kind:
                 return kind if count >= options.approximate_from else None
 
