@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from byol_serving.collections import snapshot
+from byol_serving.collections import approximate, snapshot
 from byol_serving.collections.approximate import Approximate
 from byol_serving.collections.collection import LocalCollection
 from byol_serving.collections.filters import Equals
@@ -68,7 +68,7 @@ def _replace_many(collection: LocalCollection) -> None:
     [
         (lambda c: c.snapshot(), snapshot, "checksum"),
         (_replace_many, Approximate, "build"),
-        (_replace_many, Approximate, "_tune"),
+        (_replace_many, approximate, "tuned"),
     ],
     ids=["snapshot", "compaction and switch", "tuning"],
 )
