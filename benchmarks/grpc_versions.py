@@ -95,7 +95,7 @@ def main() -> None:
     }
     report(
         "grpc_versions",
-        Options(quick=given.quick, json=given.json, peers=True),
+        Options(quick=given.quick, json=given.json, peers=True, given=given),
         results,
         ratios,
         packages=["grpcio", "uvloop"],

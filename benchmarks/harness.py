@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,8 @@ class Options:
     quick: bool
     json: bool
     peers: bool
+    given: argparse.Namespace
+    """All of it, with what only this benchmark has."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,18 @@ class Rate:
         return statistics.median(self.values)
 
 
-def options(description: str) -> Options:
-    """Reads the command line that every benchmark has."""
+def options(
+    description: str, more: Callable[[argparse.ArgumentParser], object] | None = None
+) -> Options:
+    """Reads the command line that every benchmark has, and what `more` adds to it."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="under a minute on 2 cores")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--no-peers", action="store_true", help="ours and the raw limit only")
+    if more is not None:
+        more(parser)
     given = parser.parse_args()
-    return Options(given.quick, given.json, not given.no_peers)
+    return Options(given.quick, given.json, not given.no_peers, given)
 
 
 def interleaved(
@@ -119,7 +126,8 @@ class Peer:
     It reads one JSON object a line and answers with one; benchmarks/peers/ holds the scripts.
     """
 
-    def __init__(self, script: str, **setup: Any) -> None:
+    def __init__(self, script: str, *, patience: float | None = None, **setup: Any) -> None:
+        """Raises TimeoutError, and ends it, where its setup takes more than `patience` seconds."""
         if not PEER_PYTHON.exists():
             raise SystemExit("peers are not installed: run make bench-peers, or give --no-peers")
         self._process = subprocess.Popen(
@@ -128,14 +136,25 @@ class Peer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.setup = self.ask(**setup)
+        self._send(setup)
+        assert self._process.stdout is not None
+        if patience is not None and not select.select([self._process.stdout], [], [], patience)[0]:
+            self.__exit__(None, None, None)
+            raise TimeoutError(f"not ready within {patience:.0f} s")
+        self.setup = self._answer()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Sends a request and waits for its answer."""
+        self._send(request)
+        return self._answer()
+
+    def _send(self, request: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"a peer ended early: exit code {self._process.wait()}")
