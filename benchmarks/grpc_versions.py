@@ -95,7 +95,7 @@ def main() -> None:
     }
     report(
         "grpc_versions",
-        Options(quick=given.quick, json=given.json, peers=True, given=given),
+        Options(quick=given.quick, json=given.json, peers=True),
         results,
         ratios,
         packages=["grpcio", "uvloop"],

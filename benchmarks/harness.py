@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,8 @@ from typing import Any, Self
 HERE = Path(__file__).parent
 PEER_PYTHON = Path(os.environ.get("PEER_PYTHON", HERE.parent / ".venv-peers" / "bin" / "python"))
 """The peers' environment; the variable of the same name chooses another."""
+CLIP_PYTHON = Path(os.environ.get("CLIP_PYTHON", HERE.parent / ".venv-clip" / "bin" / "python"))
+"""That of clip-retrieval, whose requirements exclude other peers'."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Options:
     quick: bool
     json: bool
     peers: bool
-    given: argparse.Namespace
+    given: argparse.Namespace = field(default_factory=argparse.Namespace)
     """All of it, with what only this benchmark has."""
 
 
@@ -126,12 +128,19 @@ class Peer:
     It reads one JSON object a line and answers with one; benchmarks/peers/ holds the scripts.
     """
 
-    def __init__(self, script: str, *, patience: float | None = None, **setup: Any) -> None:
+    def __init__(
+        self,
+        script: str,
+        *,
+        python: Path = PEER_PYTHON,
+        patience: float | None = None,
+        **setup: Any,
+    ) -> None:
         """Raises TimeoutError, and ends it, where its setup takes more than `patience` seconds."""
-        if not PEER_PYTHON.exists():
+        if not python.exists():
             raise SystemExit("peers are not installed: run make bench-peers, or give --no-peers")
         self._process = subprocess.Popen(
-            [str(PEER_PYTHON), str(HERE / "peers" / script)],
+            [str(python), str(HERE / "peers" / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

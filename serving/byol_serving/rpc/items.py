@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import cast
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from byol_serving.collections.types import (
     CollectionInfo,
     Columns,
     Hit,
+    IdType,
     IndexStats,
     Item,
     Verification,
@@ -36,6 +38,7 @@ def collection_message(info: CollectionInfo) -> pb.Collection:
         index=info.index,
         version=info.version,
         recall=info.recall,
+        id_type=info.id_type,
     )
 
 
@@ -49,6 +52,7 @@ def collection_info(message: pb.Collection) -> CollectionInfo:
         index=message.index,
         version=message.version if message.HasField("version") else None,
         recall=message.recall if message.HasField("recall") else None,
+        id_type=cast(IdType, message.id_type or "string"),
     )
 
 
