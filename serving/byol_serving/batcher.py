@@ -2,7 +2,8 @@
 
 While every worker is busy, requests queue; a worker that becomes free takes what is queued, up to
 `max_batch`. So an idle server answers at the speed of one call, a loaded one fills its batches, and
-there is no delay to tune. The server uses this twice: once for decoding, once for inference.
+there is no delay to tune. The server uses this twice, once for decoding and once for inference, or
+once for both where the encoder takes less time than another thread takes to wake up.
 
 `Budget` is what bounds the queue: images and bytes that were accepted and not yet answered, over
 all steps. Over it a request is refused at once, before any work is spent on it.
@@ -15,11 +16,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import Generic, Self, TypeVar, cast
+from itertools import pairwise
+from types import MappingProxyType, TracebackType
+from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +39,7 @@ _STREAM_SHARE = 0.75
 """Part of the budget that streams may fill."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Job(Generic[Item, Results]):
     """One request's items, and what has come back for them so far."""
 
@@ -49,7 +51,8 @@ class _Job(Generic[Item, Results]):
     parts: dict[int, Results] = field(default_factory=dict)
     queued: float = field(default_factory=time.perf_counter)
     began: float = 0.0
-    ended: float = 0.0
+    ended: Sequence[float] = ()
+    """When each step of the last batch was done."""
 
 
 _Slice = tuple[_Job[Item, Results], int, int]
@@ -63,28 +66,31 @@ class Batcher(Generic[Item, Results]):
 
     def __init__(
         self,
-        run: Callable[[list[Item]], Results],
+        run: Callable[[list[Item]], Any],
         *,
+        then: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
         max_batch: int,
         workers: int = 1,
         share: bool = False,
         name: str = "batch",
-        watch: Callable[[BatchRun], None] | None = None,
+        watch: Callable[[str, BatchRun], None] | None = None,
     ) -> None:
         """Starts nothing yet; threads come with the first batches.
 
         Args:
             run: answers a batch with as many results, in order; blocks; called from `workers`
                 threads at a time. If it raises, every request in the batch gets the exception.
+            then: further steps by name; each is given what the one before returned, at once and in
+                the same thread. What the last one returns are the results.
             max_batch: items in one call of `run`.
             workers: calls of `run` at a time.
             share: divide what is queued among the free workers instead of filling one batch.
-            name: of the threads, and of the step in a call's times.
-            watch: told of each batch when it is done, on the event loop.
+            name: of the threads, and of `run` as a step in a call's times.
+            watch: told of each step of each batch when the batch is done, on the event loop.
         """
         self._name = name
         self._watch = watch
-        self._run = run
+        self._steps = {name: run, **then}
         self._max_batch = max_batch
         self._share = share
         self._free = workers
@@ -130,7 +136,10 @@ class Batcher(Generic[Item, Results]):
             self._pump_scheduled = True
             loop.call_soon(self._pump, loop)
         results = await job.future
-        note(Step(self._name, len(items), job.queued, job.began, job.ended))
+        queued, began = job.queued, job.began
+        for name, ended in zip(self._steps, job.ended, strict=True):
+            note(Step(name, len(items), queued, began, ended))
+            queued = began = ended
         return results
 
     async def close(self) -> None:
@@ -213,18 +222,20 @@ class Batcher(Generic[Item, Results]):
 
     def _work(self, loop: asyncio.AbstractEventLoop, slices: list[_Slice[Item, Results]]) -> None:
         """Runs in a worker thread."""
-        began = time.perf_counter()
-        results: Results | BaseException
-        items = [item for job, start, end in slices for item in job.items[start:end]]
+        times = [time.perf_counter()]
+        results: Any = [item for job, start, end in slices for item in job.items[start:end]]
+        count = len(results)
         try:
-            results = self._run(items)
-            if len(results) != len(items):
-                results = RuntimeError(f"{len(items)} items gave {len(results)} results")
+            for step in self._steps.values():
+                results = step(results)
+                times.append(time.perf_counter())
+            if len(results) != count:
+                results = RuntimeError(f"{count} items gave {len(results)} results")
         except BaseException as error:
             results = error
-        took = time.perf_counter() - began
+            times.append(time.perf_counter())
         try:
-            loop.call_soon_threadsafe(self._deliver, loop, slices, results, took / len(items))
+            loop.call_soon_threadsafe(self._deliver, loop, slices, results, times, count)
         except RuntimeError:  # the loop is closed: nobody waits for the answer
             log.debug("a batch finished after its event loop closed")
 
@@ -233,12 +244,14 @@ class Batcher(Generic[Item, Results]):
         loop: asyncio.AbstractEventLoop,
         slices: list[_Slice[Item, Results]],
         results: Results | BaseException,
-        seconds: float,
+        times: list[float],
+        items: int,
     ) -> None:
         self._free += 1
-        self.seconds_per_item += (seconds - self.seconds_per_item) * 0.2
+        pace = (times[-1] - times[0]) / items
+        self.seconds_per_item += (pace - self.seconds_per_item) * 0.2
         self._pump(loop)  # first, so that the worker is busy again while answers are handed out
-        offset, ended = 0, time.perf_counter()
+        offset = 0
         for job, start, end in slices:
             count = end - start
             if not job.future.done():
@@ -248,12 +261,14 @@ class Batcher(Generic[Item, Results]):
                     job.parts[start] = cast(Results, results[offset : offset + count])
                     job.done += count
                     if job.done == len(job.items):
-                        job.ended = ended
+                        job.ended = times[1:]
                         job.future.set_result([job.parts[at] for at in sorted(job.parts)])
             offset += count
         if self._watch is not None:
             waits = [job.began - job.queued for job, start, _ in slices if start == 0]
-            self._watch(BatchRun(offset, seconds * offset, waits))
+            for name, (began, ended) in zip(self._steps, pairwise(times), strict=False):
+                self._watch(name, BatchRun(items, ended - began, waits))
+                waits = [0.0] * len(waits)  # a later step begins where the one before ends
 
 
 def _wanted(job: _Job[Item, Results], now: float) -> bool:

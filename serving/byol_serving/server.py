@@ -56,6 +56,10 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _MOST_IN_A_BATCH = 64
 """Where the configuration leaves it to measurement: larger ones make others wait too long."""
 
+_QUICK_S = 0.0005
+"""An inference of one image in less than this is done where the image is decoded: waking another
+thread, and taking the interpreter's lock there, costs as much."""
+
 SERVICES: Sequence[str] = tuple(
     service.full_name
     for file in (byol_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR, grpc_service_pb2.DESCRIPTOR)
@@ -227,7 +231,13 @@ def _load(
     log.info("workers=%d max_batch=%d", encoder.workers, max_batch)
     config = replace(config, inference_workers=encoder.workers, max_batch=max_batch)
     watch = watching.batches(name)
-    pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config, watch=watch)
+    pipeline = Pipeline(
+        encoder.embed,
+        bundle.info.preprocess,
+        config,
+        together=not encoder.on_gpu and curve.seconds[1] < _QUICK_S,
+        watch=watch,
+    )
     features = Features(encoder.extract, pipeline, bundle.info, config, watch=watch)
     return Model(
         name=name,
