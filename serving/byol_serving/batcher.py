@@ -5,12 +5,12 @@ While every worker is busy, requests queue; a worker that becomes free takes wha
 there is no delay to tune. The server uses this twice, once for decoding and once for inference, or
 once for both where the encoder takes less time than another thread takes to wake up.
 
-`Budget` is what bounds the queue: images and bytes that were accepted and not yet answered, over
-all steps. Over it a request is refused at once, before any work is spent on it.
+What bounds the queue is a `byol_serving.budget.Budget`.
 """
 
 import asyncio
 import logging
+import math
 import queue
 import sys
 import threading
@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from types import MappingProxyType, TracebackType
-from typing import Any, Generic, Self, TypeVar, cast
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_serving.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
+from byol_serving.errors import DeadlinePassed, Unavailable
 from byol_serving.timing import BatchRun, Step, note
 
 Item = TypeVar("Item")
@@ -35,8 +35,8 @@ Results = TypeVar("Results", bound=Sequence[object] | NDArray[np.generic])
 
 log = logging.getLogger(__name__)
 
-_STREAM_SHARE = 0.75
-"""Part of the budget that streams may fill."""
+_PATIENCE_S = 0.01
+"""A batch of small items takes less."""
 
 
 @dataclass(eq=False, slots=True)
@@ -72,6 +72,7 @@ class Batcher(Generic[Item, Results]):
         max_batch: int,
         workers: int = 1,
         share: bool = False,
+        one_below_s: float = 0.0,
         name: str = "batch",
         watch: Callable[[str, BatchRun], None] | None = None,
     ) -> None:
@@ -81,10 +82,13 @@ class Batcher(Generic[Item, Results]):
             run: answers a batch with as many results, in order; blocks; called from `workers`
                 threads at a time. If it raises, every request in the batch gets the exception.
             then: further steps by name; each is given what the one before returned, at once and in
-                the same thread. What the last one returns are the results.
+                the same thread. What the last one returns are the results. Exceptions among the
+                items are what became of them before: they are passed on, and do not count.
             max_batch: items in one call of `run`.
             workers: calls of `run` at a time.
             share: divide what is queued among the free workers instead of filling one batch.
+            one_below_s: while an item takes less CPU time than this, one worker takes them all:
+                threads that share Python's lock lose more by waiting for each other than they win.
             name: of the threads, and of `run` as a step in a call's times.
             watch: told of each step of each batch when the batch is done, on the event loop.
         """
@@ -93,6 +97,7 @@ class Batcher(Generic[Item, Results]):
         self._steps = {name: run, **then}
         self._max_batch = max_batch
         self._share = share
+        self._one_below_s = one_below_s
         self._free = workers
         self._queue: deque[_Job[Item, Results]] = deque()
         self._queued = 0
@@ -102,7 +107,10 @@ class Batcher(Generic[Item, Results]):
         self._threads: list[threading.Thread] = []
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.seconds_per_item = 0.0
-        """Moving average of the wall time that `run` takes for one item."""
+        """Moving average of the wall time that one item takes."""
+        self._cpu_per_item = math.inf
+        self._left = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def queued(self) -> int:
@@ -150,6 +158,8 @@ class Batcher(Generic[Item, Results]):
                 job.future.set_exception(Unavailable("the server stopped before this was done"))
         self._queue.clear()
         self._queued = 0
+        if self._timer is not None:
+            self._timer.cancel()
         for _ in self._threads:
             self._todo.put(None)
         for thread in self._threads:
@@ -157,17 +167,36 @@ class Batcher(Generic[Item, Results]):
 
     def _pump(self, loop: asyncio.AbstractEventLoop) -> None:
         self._pump_scheduled = False
+        one = self._cpu_per_item < self._one_below_s
         while self._free and not self._closed:
+            if one and self._free < self._workers and self._one_is_due(loop):
+                return
             size = self._max_batch
-            if self._share:
+            if self._share and not one:
                 size = min(size, -(-self._queued // self._free))
             slices = self._take(size)
             if not slices:
                 return
             self._free -= 1
+            self._left = time.perf_counter()
             if len(self._threads) < self._workers:
                 self._add_thread()
             self._todo.put(partial(self._work, loop, slices))
+
+    def _one_is_due(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether the worker that has the small items can be expected back soon.
+
+        It may have met a large one; then the others are not to wait behind it.
+        """
+        if time.perf_counter() - self._left > _PATIENCE_S:
+            return False
+        if self._timer is None:
+            self._timer = loop.call_later(_PATIENCE_S, self._look_again, loop)
+        return True
+
+    def _look_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        self._pump(loop)
 
     def _add_thread(self) -> None:
         # Not an executor: its futures and locks cost as much as decoding a thumbnail does.
@@ -222,20 +251,22 @@ class Batcher(Generic[Item, Results]):
 
     def _work(self, loop: asyncio.AbstractEventLoop, slices: list[_Slice[Item, Results]]) -> None:
         """Runs in a worker thread."""
-        times = [time.perf_counter()]
+        times, used = [time.perf_counter()], -time.thread_time()
         results: Any = [item for job, start, end in slices for item in job.items[start:end]]
-        count = len(results)
+        counts: list[int] = []
         try:
             for step in self._steps.values():
+                counts.append(sum(not isinstance(each, Exception) for each in results))
                 results = step(results)
                 times.append(time.perf_counter())
-            if len(results) != count:
-                results = RuntimeError(f"{count} items gave {len(results)} results")
+            if len(results) != counts[0]:
+                results = RuntimeError(f"{counts[0]} items gave {len(results)} results")
         except BaseException as error:
             results = error
             times.append(time.perf_counter())
+        used += time.thread_time()
         try:
-            loop.call_soon_threadsafe(self._deliver, loop, slices, results, times, count)
+            loop.call_soon_threadsafe(self._deliver, loop, slices, results, times, counts, used)
         except RuntimeError:  # the loop is closed: nobody waits for the answer
             log.debug("a batch finished after its event loop closed")
 
@@ -245,11 +276,15 @@ class Batcher(Generic[Item, Results]):
         slices: list[_Slice[Item, Results]],
         results: Results | BaseException,
         times: list[float],
-        items: int,
+        counts: list[int],
+        used: float,
     ) -> None:
         self._free += 1
-        pace = (times[-1] - times[0]) / items
+        pace = (times[-1] - times[0]) / counts[0]
         self.seconds_per_item += (pace - self.seconds_per_item) * 0.2
+        cpu = used / counts[0]
+        before = cpu if math.isinf(self._cpu_per_item) else self._cpu_per_item
+        self._cpu_per_item = before + (cpu - before) * 0.2
         self._pump(loop)  # first, so that the worker is busy again while answers are handed out
         offset = 0
         for job, start, end in slices:
@@ -266,8 +301,11 @@ class Batcher(Generic[Item, Results]):
             offset += count
         if self._watch is not None:
             waits = [job.began - job.queued for job, start, _ in slices if start == 0]
-            for name, (began, ended) in zip(self._steps, pairwise(times), strict=False):
-                self._watch(name, BatchRun(items, ended - began, waits))
+            for name, items, (began, ended) in zip(
+                self._steps, counts, pairwise(times), strict=False
+            ):
+                if items:
+                    self._watch(name, BatchRun(items, ended - began, waits))
                 waits = [0.0] * len(waits)  # a later step begins where the one before ends
 
 
@@ -281,109 +319,3 @@ def _wanted(job: _Job[Item, Results], now: float) -> bool:
         )
         return False
     return True
-
-
-class Budget:
-    """Images and bytes that were accepted and are not yet answered."""
-
-    def __init__(
-        self, *, max_images: int, max_bytes: int, seconds_per_image: Callable[[], float]
-    ) -> None:
-        """`seconds_per_image` is the present pace, for the hint when to try again."""
-        self.max_images, self.max_bytes = max_images, max_bytes
-        self.images = self.bytes = 0
-        self._pace = seconds_per_image
-        self._waiting: deque[tuple[asyncio.Future[None], Claim]] = deque()
-
-    def claim(self, images: int, size: int) -> "Claim":
-        """Room for a request, until the claim's `with` block ends.
-
-        Raises:
-            InvalidRequest: it would not fit an empty server.
-            Overloaded: it does not fit now; with a hint when it might.
-        """
-        claim = self._possible(images, size)
-        if not self._fits(claim, share=1.0):
-            raise Overloaded(
-                f"{self.images} images ({self.bytes} bytes) are queued and {images} more exceed"
-                f" the limit of {self.max_images} images ({self.max_bytes} bytes); try again later",
-                retry_after_s=min(10.0, max(0.01, self.images * self._pace())),
-            )
-        return self._grant(claim)
-
-    async def wait_for(self, images: int, size: int) -> "Claim":
-        """As `claim`, but waits for room, first come first served.
-
-        For streams, whose flow control then holds the sender back. They fill three quarters at
-        most, so that bulk work leaves room for the requests of people who wait.
-        """
-        claim = self._possible(images, size)
-        if not self._waiting and self._fits(claim, share=_STREAM_SHARE):
-            return self._grant(claim)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((future, claim))
-        try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self._give_back(claim)  # granted in the same turn as the cancellation
-            raise
-        finally:
-            self._wake()
-        return claim
-
-    def _possible(self, images: int, size: int) -> "Claim":
-        if images > self.max_images or size > self.max_bytes:
-            raise InvalidRequest(
-                f"{images} images ({size} bytes with their pixels) can never fit the queue of"
-                f" {self.max_images} images ({self.max_bytes} bytes); send fewer in a request"
-            )
-        return Claim(self, images, size)
-
-    def _fits(self, claim: "Claim", share: float) -> bool:
-        """Whether the claim leaves the budget within `share` of its limits, or is alone in it."""
-        return self.images == 0 or (
-            self.images + claim.images <= self.max_images * share
-            and self.bytes + claim.size <= self.max_bytes * share
-        )
-
-    def _grant(self, claim: "Claim") -> "Claim":
-        self.images += claim.images
-        self.bytes += claim.size
-        return claim
-
-    def _give_back(self, claim: "Claim") -> None:
-        self.images -= claim.images
-        self.bytes -= claim.size
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting:
-            future, claim = self._waiting[0]
-            if not future.done():
-                if not self._fits(claim, share=_STREAM_SHARE):
-                    return
-                self._grant(claim)
-                future.set_result(None)
-            self._waiting.popleft()
-
-
-class Claim:
-    """Room in a `Budget`, given back when the `with` block ends."""
-
-    def __init__(self, budget: Budget, images: int, size: int) -> None:
-        """Made by the budget only."""
-        self._budget, self.images, self.size = budget, images, size
-
-    def __enter__(self) -> Self:
-        """The claim itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Gives the room back, and wakes who waits for it."""
-        self._budget._give_back(self)

@@ -13,7 +13,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_serving.batcher import Batcher, Budget, Claim
+from byol_serving.batcher import Batcher
+from byol_serving.budget import Budget, Claim
 from byol_serving.config import ServeConfig
 from byol_serving.decoder import decode_all
 from byol_serving.errors import InvalidImage, InvalidRequest
@@ -27,6 +28,9 @@ Value = TypeVar("Value", bound=np.generic)
 
 _DECODE_CHUNK = 16
 """Images that one decode worker takes at a time; more only delays the other requests."""
+
+_THUMBNAIL_S = 0.0003
+"""CPU time of an image that is not worth a second decoding thread: a VGA photograph takes 2 ms."""
 
 
 class Pipeline:
@@ -59,6 +63,7 @@ class Pipeline:
             max_batch=_DECODE_CHUNK,
             workers=config.decode_workers,
             share=True,
+            one_below_s=_THUMBNAIL_S,
             name="decode",
             watch=watch,
         )
@@ -78,6 +83,7 @@ class Pipeline:
                 max_batch=min(_DECODE_CHUNK, config.max_batch),
                 workers=config.decode_workers,
                 share=True,
+                one_below_s=_THUMBNAIL_S,
                 name="decode",
                 watch=watch,
             )
