@@ -13,7 +13,6 @@ is unavailable or overloaded; every call has a deadline that spans all its tries
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from byol_serving.client_batches import (
     Embeddings,
     ExampleLike,
     Examples,
+    Ids,
     ImageLike,
     ItemId,
     QueryLike,
@@ -39,7 +39,9 @@ from byol_serving.client_search import SearchOptions
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
+    Columns,
     Hit,
+    IdType,
     IndexKind,
     IndexStats,
     Item,
@@ -72,9 +74,6 @@ __all__ = [
     "UpsertCounts",
     "Verification",
 ]
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 class Client(Connection):
@@ -182,10 +181,19 @@ class Client(Connection):
     # --- collections ----------------------------------------------------------------------------
 
     def create_collection(
-        self, name: str, *, dim: int = 0, encoder_id: str = "", index: IndexKind = "flat"
+        self,
+        name: str,
+        *,
+        dim: int = 0,
+        encoder_id: str = "",
+        index: IndexKind = "flat",
+        id_type: IdType = "string",
     ) -> CollectionInfo:
-        """Makes an empty collection; by default for vectors of the loaded encoder."""
-        return self._send(calls.create(name, dim, encoder_id, index))
+        """Makes an empty collection; by default for vectors of the loaded encoder.
+
+        With `id_type` "int64", ids are 64-bit integers: give ints, and read `int_id` of what comes.
+        """
+        return self._send(calls.create(name, dim, encoder_id, index, id_type))
 
     def collection(self, name: str) -> CollectionInfo:
         """A collection's facts."""
@@ -206,7 +214,7 @@ class Client(Connection):
     def upsert(
         self,
         collection: str,
-        ids: Sequence[str],
+        ids: Ids,
         *,
         images: Iterable[ImageLike] | None = None,
         vectors: NDArray[np.float32] | None = None,
@@ -239,19 +247,15 @@ class Client(Connection):
         )
         return calls.summed(counts)
 
-    def set_metadata(
-        self, collection: str, ids: Sequence[str], metadata: Sequence[Metadata]
-    ) -> None:
+    def set_metadata(self, collection: str, ids: Ids, metadata: Sequence[Metadata]) -> None:
         """Replaces metadata and leaves the vectors alone; UnknownId if one is not there."""
         self._send(calls.set_metadata(collection, ids, metadata))
 
-    def delete(
-        self, collection: str, ids: Sequence[str] | None = None, *, where: Where | None = None
-    ) -> int:
+    def delete(self, collection: str, ids: Ids | None = None, *, where: Where | None = None) -> int:
         """Deletes by id, or what matches a filter; returns how many there were."""
         return self._send(calls.delete(collection, ids, where))
 
-    def get(self, collection: str, ids: Sequence[str], *, with_vectors: bool = False) -> list[Item]:
+    def get(self, collection: str, ids: Ids, *, with_vectors: bool = False) -> list[Item]:
         """Items in the order of `ids`; UnknownId if one is not there."""
         return self._send(calls.get(collection, ids, with_vectors))
 
@@ -281,7 +285,7 @@ class Client(Connection):
         *,
         image: ImageLike | None = None,
         vector: NDArray[np.float32] | None = None,
-        id: str | None = None,
+        id: str | int | None = None,
         like: Sequence[ExampleLike] = (),
         unlike: Sequence[ExampleLike] = (),
         k: int = 10,
@@ -329,7 +333,7 @@ class Client(Connection):
         options: SearchOptions | None = None,
         *,
         images: Iterable[ImageLike] = (),
-        ids: Iterable[str] = (),
+        ids: Iterable[str | int] = (),
         queries: Iterable[QueryLike] = (),
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:
@@ -338,6 +342,13 @@ class Client(Connection):
         call = searching.search(
             collection, wanted, images=images, ids=ids, queries=queries, vectors=vectors
         )
+        return self._send(call)
+
+    def search_columns(
+        self, collection: str, vectors: NDArray[np.float32], options: SearchOptions | None = None
+    ) -> Columns:
+        """The neighbours of each row of vectors (float32 [Q, D]), ids and scores as arrays."""
+        call = searching.columns(collection, vectors, options or SearchOptions())
         return self._send(call)
 
     def search_groups(

@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from byol_serving.client_batches import (
     DTypeName,
     Embeddings,
     ExampleLike,
+    Ids,
     ImageLike,
     QueryLike,
 )
@@ -25,7 +25,9 @@ from byol_serving.client_search import SearchOptions
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
+    Columns,
     Hit,
+    IdType,
     IndexKind,
     IndexStats,
     Item,
@@ -34,9 +36,6 @@ from byol_serving.collections.types import (
     Verification,
 )
 from byol_serving.rpc.filters import Where
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 class AsyncClient(AsyncConnection):
@@ -138,10 +137,16 @@ class AsyncClient(AsyncConnection):
     # --- collections ----------------------------------------------------------------------------
 
     async def create_collection(
-        self, name: str, *, dim: int = 0, encoder_id: str = "", index: IndexKind = "flat"
+        self,
+        name: str,
+        *,
+        dim: int = 0,
+        encoder_id: str = "",
+        index: IndexKind = "flat",
+        id_type: IdType = "string",
     ) -> CollectionInfo:
         """Makes an empty collection; by default for vectors of the loaded encoder."""
-        return await self._send(calls.create(name, dim, encoder_id, index))
+        return await self._send(calls.create(name, dim, encoder_id, index, id_type))
 
     async def collection(self, name: str) -> CollectionInfo:
         """A collection's facts."""
@@ -162,7 +167,7 @@ class AsyncClient(AsyncConnection):
     async def upsert(
         self,
         collection: str,
-        ids: Sequence[str],
+        ids: Ids,
         *,
         images: Iterable[ImageLike] | None = None,
         vectors: NDArray[np.float32] | None = None,
@@ -195,21 +200,17 @@ class AsyncClient(AsyncConnection):
         )
         return calls.summed([each async for each in counts])
 
-    async def set_metadata(
-        self, collection: str, ids: Sequence[str], metadata: Sequence[Metadata]
-    ) -> None:
+    async def set_metadata(self, collection: str, ids: Ids, metadata: Sequence[Metadata]) -> None:
         """Replaces metadata and leaves the vectors alone; UnknownId if one is not there."""
         await self._send(calls.set_metadata(collection, ids, metadata))
 
     async def delete(
-        self, collection: str, ids: Sequence[str] | None = None, *, where: Where | None = None
+        self, collection: str, ids: Ids | None = None, *, where: Where | None = None
     ) -> int:
         """Deletes by id, or what matches a filter; returns how many there were."""
         return await self._send(calls.delete(collection, ids, where))
 
-    async def get(
-        self, collection: str, ids: Sequence[str], *, with_vectors: bool = False
-    ) -> list[Item]:
+    async def get(self, collection: str, ids: Ids, *, with_vectors: bool = False) -> list[Item]:
         """Items in the order of `ids`; UnknownId if one is not there."""
         return await self._send(calls.get(collection, ids, with_vectors))
 
@@ -240,7 +241,7 @@ class AsyncClient(AsyncConnection):
         *,
         image: ImageLike | None = None,
         vector: NDArray[np.float32] | None = None,
-        id: str | None = None,
+        id: str | int | None = None,
         like: Sequence[ExampleLike] = (),
         unlike: Sequence[ExampleLike] = (),
         k: int = 10,
@@ -288,7 +289,7 @@ class AsyncClient(AsyncConnection):
         options: SearchOptions | None = None,
         *,
         images: Iterable[ImageLike] = (),
-        ids: Iterable[str] = (),
+        ids: Iterable[str | int] = (),
         queries: Iterable[QueryLike] = (),
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:
@@ -297,6 +298,13 @@ class AsyncClient(AsyncConnection):
         call = searching.search(
             collection, wanted, images=images, ids=ids, queries=queries, vectors=vectors
         )
+        return await self._send(call)
+
+    async def search_columns(
+        self, collection: str, vectors: NDArray[np.float32], options: SearchOptions | None = None
+    ) -> Columns:
+        """The neighbours of each row of vectors (float32 [Q, D]), ids and scores as arrays."""
+        call = searching.columns(collection, vectors, options or SearchOptions())
         return await self._send(call)
 
     async def search_groups(
