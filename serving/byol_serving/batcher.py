@@ -72,6 +72,7 @@ class Batcher(Generic[Item, Results]):
         max_batch: int,
         workers: int = 1,
         share: bool = False,
+        turn_s: float = math.inf,
         one_below_s: float = 0.0,
         name: str = "batch",
         watch: Callable[[str, BatchRun], None] | None = None,
@@ -87,6 +88,7 @@ class Batcher(Generic[Item, Results]):
             max_batch: items in one call of `run`.
             workers: calls of `run` at a time.
             share: divide what is queued among the free workers instead of filling one batch.
+            turn_s: CPU time that a batch should take at most, so that answers come evenly.
             one_below_s: while an item takes less CPU time than this, one worker takes them all:
                 threads that share Python's lock lose more by waiting for each other than they win.
             name: of the threads, and of `run` as a step in a call's times.
@@ -97,6 +99,7 @@ class Batcher(Generic[Item, Results]):
         self._steps = {name: run, **then}
         self._max_batch = max_batch
         self._share = share
+        self._turn_s = turn_s
         self._one_below_s = one_below_s
         self._free = workers
         self._queue: deque[_Job[Item, Results]] = deque()
@@ -171,7 +174,7 @@ class Batcher(Generic[Item, Results]):
         while self._free and not self._closed:
             if one and self._free < self._workers and self._one_is_due(loop):
                 return
-            size = self._max_batch
+            size = self._at_a_turn()
             if self._share and not one:
                 size = min(size, -(-self._queued // self._free))
             slices = self._take(size)
@@ -182,6 +185,12 @@ class Batcher(Generic[Item, Results]):
             if len(self._threads) < self._workers:
                 self._add_thread()
             self._todo.put(partial(self._work, loop, slices))
+
+    def _at_a_turn(self) -> int:
+        """Items that a batch may have, by their number and by the time that they take."""
+        if math.inf in (self._turn_s, self._cpu_per_item):
+            return self._max_batch
+        return max(1, min(self._max_batch, int(self._turn_s / max(self._cpu_per_item, 1e-6))))
 
     def _one_is_due(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Whether the worker that has the small items can be expected back soon.

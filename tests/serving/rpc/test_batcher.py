@@ -159,6 +159,23 @@ async def test_small_items_keep_to_one_worker_unless_it_stays_away(gate: Gate) -
     assert gate.batches == [[0], [1, 2], [3]]
 
 
+async def test_items_that_take_long_leave_in_small_batches() -> None:
+    batches: list[int] = []
+
+    def work(items: list[int]) -> list[int]:
+        batches.append(len(items))
+        ends = time.thread_time() + 0.004 * len(items)
+        while time.thread_time() < ends:
+            pass
+        return items
+
+    batcher = Batcher[int, list[int]](work, max_batch=8, turn_s=0.01)
+    await batcher.submit([0])
+    assert await batcher.submit(list(range(6))) == [[0, 1], [2, 3], [4, 5]]
+    await batcher.close()
+    assert batches == [1, 2, 2, 2]
+
+
 async def test_an_error_fails_its_batch_only(gate: Gate, batcher: Batcher[int, list[int]]) -> None:
     gate.error = ValueError("broken")
     gate.permits.release(1)
