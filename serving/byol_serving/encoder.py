@@ -5,8 +5,8 @@ How the sessions are laid out, by measurement on a CPU (docs/performance.md):
 - Batches share one session with few intra-op threads, run by several Python threads at a time:
   ResNet-18 at 224 does 20% more images/s in two such threads than in one that uses both cores.
 - A single image that finds the encoder idle runs in a second session with all cores, because
-  nobody else wants them and half the latency is worth a second copy of the weights. Where it is not
-  half (small encoders lose more by waking threads than they win), the session is dropped again.
+  nobody else wants them and half the latency is worth a second copy of the weights. Where that
+  saves less than a quarter (small encoders lose by waking threads), the session is dropped again.
 - No spinning: it brings nothing under load, and doubles the CPU time of an idle server.
 - The arena stays on: without it a third of the throughput is lost to allocation.
 
