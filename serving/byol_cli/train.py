@@ -53,7 +53,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
     help="Measure this machine, choose encoder, sizes and epochs, and end by then: 30m, 2h.",
 )
 @click.option("--encoder", help="small, resnet18/34/50/101, convnext_tiny/small/base, timm:NAME.")
-@click.option("--start-from", help="Weights to start from: a run, a file, or timm.")
+@click.option("--start-from", help="Weights to start from: a run, a bundle, a file, or timm.")
 @click.option("--stem", type=click.Choice(["imagenet", "small"]), help="small: under 100 pixels.")
 @click.option("--image-size", type=int, help="Side of the views in pixels.")
 @click.option("--batch-size", type=int, help="Images in one step, over all processes.")

@@ -155,8 +155,9 @@ class TrainConfig:
     """Start the last batch norm of each residual block at zero, so that blocks start as identities
     (Goyal et al. 2017, arXiv 1706.02677, section 5.1). ResNets only."""
     start_from: str = ""
-    """Weights that the encoder starts from, see `weights.py`: a run directory, a file of
-    torchvision's or timm's weights, or `timm` for those that timm downloads. Empty: fresh ones."""
+    """Weights that the encoder starts from, see `weights.py`: a run directory, a bundle exported
+    with its weights, a file of torchvision's or timm's, or `timm` for those that timm downloads.
+    Empty: fresh ones."""
     image_size: int = 224
     """Side of the views in pixels (section 3.3)."""
     batch_size: int = 256
