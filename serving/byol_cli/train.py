@@ -63,7 +63,9 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--seed", type=int)
 @click.option("--device", help="auto, cpu or cuda.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]))
-@click.option("--compile", type=click.Choice(["auto", "on", "off"]), help="torch.compile.")
+@click.option(
+    "--compile", type=click.Choice(["auto", "on", "off", "graphs"]), help="torch.compile."
+)
 @click.option("--tensorboard", is_flag=True, default=None, help="Write curves for it, too.")
 @click.option(
     "--store-scale",

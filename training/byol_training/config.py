@@ -20,7 +20,7 @@ ENCODERS = (
 Stem = Literal["imagenet", "small"]
 OptimizerName = Literal["lars", "sgd", "adamw"]
 Precision = Literal["auto", "fp32", "bf16"]
-Compile = Literal["auto", "on", "off"]
+Compile = Literal["auto", "on", "off", "graphs"]
 TargetNorm = Literal["own", "average"]
 
 
@@ -200,7 +200,9 @@ class TrainConfig:
     precision: Precision = "auto"
     """auto: bf16 autocast where the hardware is faster in it, else fp32; a run records which."""
     compile: Compile = "auto"
-    """torch.compile for the networks: auto uses it on CUDA, and goes on without where it fails."""
+    """torch.compile for the networks: auto uses it on CUDA, and goes on without where it fails;
+    graphs also replays them as CUDA graphs, for steps so short that starting kernels takes longer.
+    """
     log_every: int = 20
     """Steps between readings of the loss: reading it waits for the device."""
     tensorboard: bool = False
