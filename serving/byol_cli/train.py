@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,41 +121,77 @@ def command(
     from byol_training.machine import use_processors
     from byol_training.online import OnlineScores
     from byol_training.parallel import joined
-    from byol_training.survey import survey
 
     use_processors(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if resume and config is None and (out / "config.json").exists():
         config = out / "config.json"
+    ends = None if budget is None else started + budget
+    chosen = _Chosen(recipe=recipe, config=config, changes=given, ends=ends, resume=resume)
     with joined(given.get("device", "auto")) as world:
-        found = world.decide(survey(source) if world.leads else None)
-        settings = _settings(recipe, config, given)
-        if budget is not None and not (recipe or config or "encoder" in given):
-            left = budget - (time.monotonic() - started)
-            settings = world.decide(_planned(found, left, given) if world.leads else None)
-        side = found.stored_side(settings.image_size)
-        if store_scale is not None:
-            side = round(settings.image_size * store_scale)
-        images = _load(source, side, cache or out / "cache", world)
-        if budget is not None and not (resume and config):
-            left = max(1.0, budget - (time.monotonic() - started))
-            settings = world.decide(dataclasses.replace(settings, max_seconds=left))
+        settings, images = _prepare(source, chosen, store_scale, cache or out / "cache", world)
         scores = OnlineScores(images, settings, out, every=eval_every) if eval_every else None
         last = _train(
             images, settings, out, scores, resume=resume, quiet=as_json or not world.leads
         )
         if world.leads:
-            read = scores.last if scores is not None else {}
-            emit(
-                {
-                    "run": out,
-                    "images": len(images),
-                    "rejected": len(images.rejected),
-                    **(asdict(last) if last is not None else {}),
-                    **{f"eval_{name}": value for name, value in read.items()},
-                    "next": f"byol export {out} --out bundles/{out.name}",
-                },
-                as_json,
-            )
+            _report(out, images, last, scores, as_json=as_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """What the command line says about the settings."""
+
+    recipe: str | None
+    config: Path | None
+    changes: dict[str, Any]
+    ends: float | None
+    """Of the budget, by the monotonic clock; None without."""
+    resume: bool
+
+
+def _prepare(
+    source: Path, chosen: _Chosen, store_scale: float | None, cache: Path, world: "World"
+) -> "tuple[TrainConfig, Images]":
+    """The settings, planned where that was left to us, and the images at the side they want."""
+    from byol_training.survey import survey
+
+    found = world.decide(survey(source) if world.leads else None)
+    settings = _settings(chosen.recipe, chosen.config, chosen.changes)
+    if chosen.ends is not None and not (
+        chosen.recipe or chosen.config or "encoder" in chosen.changes
+    ):
+        left = chosen.ends - time.monotonic()
+        settings = world.decide(_planned(found, left, chosen.changes) if world.leads else None)
+    side = found.stored_side(settings.image_size)
+    if store_scale is not None:
+        side = round(settings.image_size * store_scale)
+    images = _load(source, side, cache, world)
+    if chosen.ends is not None and not (chosen.resume and chosen.config):
+        left = max(1.0, chosen.ends - time.monotonic())
+        settings = world.decide(dataclasses.replace(settings, max_seconds=left))
+    return settings, images
+
+
+def _report(
+    out: Path,
+    images: "Images",
+    last: "Progress | None",
+    scores: "OnlineScores | None",
+    *,
+    as_json: bool,
+) -> None:
+    read = scores.last if scores is not None else {}
+    emit(
+        {
+            "run": out,
+            "images": len(images),
+            "rejected": len(images.rejected),
+            **(asdict(last) if last is not None else {}),
+            **{f"eval_{name}": value for name, value in read.items()},
+            "next": f"byol export {out} --out bundles/{out.name}",
+        },
+        as_json,
+    )
 
 
 def _settings(recipe: str | None, config: Path | None, given: dict[str, Any]) -> "TrainConfig":

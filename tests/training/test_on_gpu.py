@@ -26,6 +26,7 @@ def test_the_host_never_waits_inside_a_step(
 ) -> None:
     """All but the backward pass, which is torch's own: views, forward, guard, optimiser, target."""
     monkeypatch.setattr(Feed, "_fits_on_device", lambda feed: True)
+    monkeypatch.setattr("byol_training.guards._SETTLED", 2)  # steps until the guard acts
     config = dataclasses.replace(
         tiny_config(accumulate=2), augment=AugmentConfig(), optimizer=OptimizerConfig(name=name)
     )
@@ -38,7 +39,7 @@ def test_the_host_never_waits_inside_a_step(
         guard = SpikeGuard(model.trained_parameters(), config.optimizer.spike_factor)
         feed = Feed(tiny_images(), config, config.batch_size, DEVICE)
         assert gpu.waits  # the images were sent, among others
-        for step in range(23):  # the guard begins to act after 20
+        for step in range(4):
             if step == 1:  # the first sends what stays there
                 gpu.waits.clear()
             losses = [forward(model, feed.views(step, micro)) for micro in (0, 1)]
