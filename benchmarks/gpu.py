@@ -87,11 +87,14 @@ def numbers(text: str) -> list[int]:
 
 def run_item(module: str, asked: Asked) -> list[Row]:
     """All checks of a part; one row that says why where the part cannot be imported."""
-    try:
-        checks: dict[str, Check] = importlib.import_module(f"gpu_parts.{module}").CHECKS
-    except ImportError as error:
-        return [Row(what=module, value=None, note=f"not run: {error}")]
-    return [row for name, check in checks.items() for row in guarded(name, check, asked)]
+    found: dict[str, Check] = {}
+
+    def load(asked: Asked) -> list[Row]:
+        found.update(importlib.import_module(f"gpu_parts.{module}").CHECKS)
+        return []
+
+    rows = guarded(module, load, asked)
+    return rows + [row for name, check in found.items() for row in guarded(name, check, asked)]
 
 
 def guarded(name: str, check: Check, asked: Asked) -> list[Row]:

@@ -15,7 +15,7 @@ from byol_training.config import TrainConfig
 from byol_training.machine import choose_machine
 from byol_training.pretrain import build_model
 from byol_training.recipes import load_recipe
-from harness import Peer, interleaved
+from harness import PEER_PYTHON, Peer, interleaved
 
 PEAK_TFLOPS = {
     "H100 80GB HBM3": 989.4,
@@ -49,6 +49,8 @@ def resnet50_at_224(asked: Asked) -> list[Row]:
 
 def lightly_at_32(asked: Asked) -> list[Row]:
     """Lightly's recipe, and ours at the same batch, in turn."""
+    if not PEER_PYTHON.exists():
+        raise ImportError("no lightly: set PEER_PYTHON to a Python that has it and torch")
     batch = 16 if asked.quick else 256
     config = dataclasses.replace(load_recipe("cifar").config, batch_size=batch)
     pixels = _pixels(2 * batch, 32)

@@ -121,12 +121,7 @@ def export_bundle(
         versions=versions,
     )
     with _draft(model, info, samples, wanted) as draft:
-        encode = partial(_embed, draft)
-        measured = {"parity_max_cosine_distance": _parity(encode, precision, samples, wanted)}
-        if features:
-            measured |= features_parity(draft, served, samples[:GOLDEN_PAIRS])
-        if precision != "fp32":
-            measured |= precision_cost(encode, served, samples, wanted, labelled)
+        measured = _measure(draft, served, samples, wanted, labelled)
     info = replace(info, scores={**(scores or {}), **measured})
     golden = slice(0, GOLDEN_PAIRS)
     return write_bundle(
@@ -224,6 +219,23 @@ def _convert(
             return quantized.model, versions | {"calibration": quantized.method}
 
 
+def _measure(
+    draft: Encoder,
+    served: ServedEncoder,
+    samples: Pixels,
+    wanted: NDArray[np.float32],
+    labelled: Labelled | None,
+) -> dict[str, float]:
+    """How far the graph is from PyTorch, and what its precision costs."""
+    info, encode = draft.bundle.info, partial(_embed, draft)
+    measured = {"parity_max_cosine_distance": _parity(encode, info.precision, samples, wanted)}
+    if info.features:
+        measured |= features_parity(draft, served, samples[:GOLDEN_PAIRS])
+    if info.precision != "fp32":
+        measured |= precision_cost(encode, served, samples, wanted, labelled)
+    return measured
+
+
 def _serialised(encoder: nn.Module) -> bytes:
     """The weights as safetensors; cloned, since it refuses tensors that share memory."""
     data: bytes = save({name: value.clone() for name, value in encoder.state_dict().items()})
@@ -286,7 +298,7 @@ def _embed(encoder: Encoder, pixels: Pixels) -> NDArray[np.float32]:
 
 def _parity(
     encode: Callable[[Pixels], NDArray[np.float32]],
-    precision: Precision,
+    precision: str,
     samples: Pixels,
     wanted: NDArray[np.float32],
 ) -> float:

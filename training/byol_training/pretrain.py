@@ -71,8 +71,7 @@ def pretrain(
     """
     world = parallel.current()
     goes_on = resume and bool(list_checkpoints(run_dir / "checkpoints"))
-    machine = choose_machine(config.device, _precision(config, run_dir if goes_on else None))
-    machine = replace(machine, bf16=world.decide(machine.bf16))
+    machine = _machine(config, run_dir if goes_on else None, world)
     config = replace(config, precision="bf16" if machine.bf16 else "fp32")
     feed = Feed(images, config, _batch_size(images, config, world), machine.device, world)
     # A run that goes on has its own weights: those it started from may be gone.
@@ -147,6 +146,12 @@ def build_model(config: TrainConfig) -> Byol:
     return Byol(
         encoder, config.head, symmetrised=config.symmetrised, target_norm=config.target_norm
     )
+
+
+def _machine(config: TrainConfig, goes_on: Path | None, world: parallel.World) -> Machine:
+    """This process's device, and the precision that the leading one chose."""
+    machine = choose_machine(config.device, _precision(config, goes_on))
+    return replace(machine, bf16=world.decide(machine.bf16))
 
 
 def _precision(config: TrainConfig, goes_on: Path | None) -> Precision:

@@ -96,7 +96,7 @@ def _stamped(listing: Listing) -> Iterator[tuple[str, str]]:
         case "folder" | "list":
             first = listing.files[0]
             root = first if listing.kind == "folder" else first.parent
-            return ((name, os.path.join(root, name)) for name in listing.names)  # noqa: PTH118
+            return ((name, os.path.join(root, name)) for name in listing.names)  # noqa: PTH118 - likewise
         case "tar" | "parquet":
             return ((file.name, str(file)) for file in listing.files)
 
