@@ -106,7 +106,7 @@ def measure(
         candidates["ray"] = lambda: on_cluster(
             source, bundle, scratch / f"ray-{next(numbers)}", case.count
         )
-    found = interleaved(candidates, unit="images/s", repeats=1 if chosen.quick else 5)
+    found = interleaved(candidates, unit="images/s", repeats=1 if chosen.quick else 2)
     pairs = zip(found["decode"].values, found["encode"].values, strict=True)
     on_cpu = encoder.provider == "CPUExecutionProvider"
     bounds = (1 / (1 / d + 1 / e) if on_cpu else min(d, e) for d, e in pairs)

@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 import click
 
 from byol_cli import analysis, items
-from byol_cli.options import LONG_S, connected, index_option, server_option, store_option
+from byol_cli.options import (
+    LONG_S,
+    connected,
+    id_type_option,
+    index_option,
+    server_option,
+    store_option,
+)
 from byol_cli.output import emit, json_option, table
 from byol_serving.errors import FailedPrecondition
 
 if TYPE_CHECKING:
     from byol_serving.collections.store import Store
-    from byol_serving.collections.types import IndexKind
+    from byol_serving.collections.types import IdType, IndexKind
 
 
 @click.group()
@@ -59,10 +66,17 @@ def list_(server: str, store: Path | None, as_json: bool) -> None:
 @click.option("--dim", default=0, help="Dimension; default: the loaded encoder's.")
 @click.option("--encoder-id", default="", help="Default: the loaded encoder's.")
 @index_option("flat")
+@id_type_option
 @server_option
 @json_option
 def create(
-    name: str, dim: int, encoder_id: str, index: "IndexKind", server: str, as_json: bool
+    name: str,
+    dim: int,
+    encoder_id: str,
+    index: "IndexKind",
+    id_type: "IdType",
+    server: str,
+    as_json: bool,
 ) -> None:
     """Create a collection on a running server.
 
@@ -75,6 +89,7 @@ def create(
             dim=dim,
             encoder_id=encoder_id,
             index=index,
+            id_type=id_type,
         )
     emit(asdict(info), as_json)
 

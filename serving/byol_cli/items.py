@@ -114,6 +114,7 @@ def export(name: str, file: Path, where: Any, server: str, as_json: bool) -> Non
             client.items(name, where=where, page_size=_page_size(before.dim), with_vectors=True),
             dim=before.dim,
             encoder_id=before.encoder_id,
+            id_type=before.id_type,
         )
         changed = client.collection(name).version != before.version
     result = {"collection": name, "file": str(file), "items": rows, "changed_meanwhile": changed}
@@ -133,7 +134,8 @@ def import_(
     """Bring Parquet files into collection NAME, made if need be.
 
     SOURCE is a file or a folder of them, as `byol collections export` or `byol embed` writes. Ids
-    that exist are replaced; running it again does no harm.
+    that exist are replaced; running it again does no harm. A column of integer ids makes a
+    collection of such.
 
     \b
     Example:  byol collections import photos photos.parquet
@@ -147,7 +149,9 @@ def import_(
         if not _exists(client, name):
             if not encoder:
                 raise click.UsageError(f"{source} does not name the encoder; give --encoder-id")
-            client.create_collection(name, dim=header.dim, encoder_id=encoder, index=index)
+            client.create_collection(
+                name, dim=header.dim, encoder_id=encoder, index=index, id_type=header.id_type
+            )
         inserted = updated = 0
         for path in files:
             for batch in read_items(path):

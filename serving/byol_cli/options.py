@@ -49,6 +49,13 @@ def index_option(default: str) -> Callable[[Command], Command]:
     )
 
 
+id_type_option = click.option(
+    "--id-type",
+    type=click.Choice(["string", "int64"]),
+    default="string",
+    show_default=True,
+    help="What ids are: any text, or 64-bit integers only.",
+)
 collection_option = click.option("--collection", "-c", required=True, help="Collection to use.")
 
 LONG_S = 24 * 3600.0

@@ -28,6 +28,7 @@ from byol_serving.client_batches import (
     Embeddings,
     ExampleLike,
     Examples,
+    Ids,
     ImageLike,
     ItemId,
     QueryLike,
@@ -40,6 +41,7 @@ from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
+    IdType,
     IndexKind,
     IndexStats,
     Item,
@@ -182,10 +184,19 @@ class Client(Connection):
     # --- collections ----------------------------------------------------------------------------
 
     def create_collection(
-        self, name: str, *, dim: int = 0, encoder_id: str = "", index: IndexKind = "flat"
+        self,
+        name: str,
+        *,
+        dim: int = 0,
+        encoder_id: str = "",
+        index: IndexKind = "flat",
+        id_type: IdType = "string",
     ) -> CollectionInfo:
-        """Makes an empty collection; by default for vectors of the loaded encoder."""
-        return self._send(calls.create(name, dim, encoder_id, index))
+        """Makes an empty collection; by default for vectors of the loaded encoder.
+
+        With `id_type` "int64", ids are 64-bit integers: give ints, and read `int_id` of what comes.
+        """
+        return self._send(calls.create(name, dim, encoder_id, index, id_type))
 
     def collection(self, name: str) -> CollectionInfo:
         """A collection's facts."""
@@ -206,7 +217,7 @@ class Client(Connection):
     def upsert(
         self,
         collection: str,
-        ids: Sequence[str],
+        ids: Ids,
         *,
         images: Iterable[ImageLike] | None = None,
         vectors: NDArray[np.float32] | None = None,
@@ -239,19 +250,15 @@ class Client(Connection):
         )
         return calls.summed(counts)
 
-    def set_metadata(
-        self, collection: str, ids: Sequence[str], metadata: Sequence[Metadata]
-    ) -> None:
+    def set_metadata(self, collection: str, ids: Ids, metadata: Sequence[Metadata]) -> None:
         """Replaces metadata and leaves the vectors alone; UnknownId if one is not there."""
         self._send(calls.set_metadata(collection, ids, metadata))
 
-    def delete(
-        self, collection: str, ids: Sequence[str] | None = None, *, where: Where | None = None
-    ) -> int:
+    def delete(self, collection: str, ids: Ids | None = None, *, where: Where | None = None) -> int:
         """Deletes by id, or what matches a filter; returns how many there were."""
         return self._send(calls.delete(collection, ids, where))
 
-    def get(self, collection: str, ids: Sequence[str], *, with_vectors: bool = False) -> list[Item]:
+    def get(self, collection: str, ids: Ids, *, with_vectors: bool = False) -> list[Item]:
         """Items in the order of `ids`; UnknownId if one is not there."""
         return self._send(calls.get(collection, ids, with_vectors))
 
@@ -281,7 +288,7 @@ class Client(Connection):
         *,
         image: ImageLike | None = None,
         vector: NDArray[np.float32] | None = None,
-        id: str | None = None,
+        id: str | int | None = None,
         like: Sequence[ExampleLike] = (),
         unlike: Sequence[ExampleLike] = (),
         k: int = 10,
@@ -329,7 +336,7 @@ class Client(Connection):
         options: SearchOptions | None = None,
         *,
         images: Iterable[ImageLike] = (),
-        ids: Iterable[str] = (),
+        ids: Iterable[str | int] = (),
         queries: Iterable[QueryLike] = (),
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:

@@ -16,6 +16,7 @@ from byol_serving.client_batches import (
     DTypeName,
     Embeddings,
     ExampleLike,
+    Ids,
     ImageLike,
     QueryLike,
 )
@@ -26,6 +27,7 @@ from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
+    IdType,
     IndexKind,
     IndexStats,
     Item,
@@ -138,10 +140,16 @@ class AsyncClient(AsyncConnection):
     # --- collections ----------------------------------------------------------------------------
 
     async def create_collection(
-        self, name: str, *, dim: int = 0, encoder_id: str = "", index: IndexKind = "flat"
+        self,
+        name: str,
+        *,
+        dim: int = 0,
+        encoder_id: str = "",
+        index: IndexKind = "flat",
+        id_type: IdType = "string",
     ) -> CollectionInfo:
         """Makes an empty collection; by default for vectors of the loaded encoder."""
-        return await self._send(calls.create(name, dim, encoder_id, index))
+        return await self._send(calls.create(name, dim, encoder_id, index, id_type))
 
     async def collection(self, name: str) -> CollectionInfo:
         """A collection's facts."""
@@ -162,7 +170,7 @@ class AsyncClient(AsyncConnection):
     async def upsert(
         self,
         collection: str,
-        ids: Sequence[str],
+        ids: Ids,
         *,
         images: Iterable[ImageLike] | None = None,
         vectors: NDArray[np.float32] | None = None,
@@ -195,21 +203,17 @@ class AsyncClient(AsyncConnection):
         )
         return calls.summed([each async for each in counts])
 
-    async def set_metadata(
-        self, collection: str, ids: Sequence[str], metadata: Sequence[Metadata]
-    ) -> None:
+    async def set_metadata(self, collection: str, ids: Ids, metadata: Sequence[Metadata]) -> None:
         """Replaces metadata and leaves the vectors alone; UnknownId if one is not there."""
         await self._send(calls.set_metadata(collection, ids, metadata))
 
     async def delete(
-        self, collection: str, ids: Sequence[str] | None = None, *, where: Where | None = None
+        self, collection: str, ids: Ids | None = None, *, where: Where | None = None
     ) -> int:
         """Deletes by id, or what matches a filter; returns how many there were."""
         return await self._send(calls.delete(collection, ids, where))
 
-    async def get(
-        self, collection: str, ids: Sequence[str], *, with_vectors: bool = False
-    ) -> list[Item]:
+    async def get(self, collection: str, ids: Ids, *, with_vectors: bool = False) -> list[Item]:
         """Items in the order of `ids`; UnknownId if one is not there."""
         return await self._send(calls.get(collection, ids, with_vectors))
 
@@ -240,7 +244,7 @@ class AsyncClient(AsyncConnection):
         *,
         image: ImageLike | None = None,
         vector: NDArray[np.float32] | None = None,
-        id: str | None = None,
+        id: str | int | None = None,
         like: Sequence[ExampleLike] = (),
         unlike: Sequence[ExampleLike] = (),
         k: int = 10,
@@ -288,7 +292,7 @@ class AsyncClient(AsyncConnection):
         options: SearchOptions | None = None,
         *,
         images: Iterable[ImageLike] = (),
-        ids: Iterable[str] = (),
+        ids: Iterable[str | int] = (),
         queries: Iterable[QueryLike] = (),
         vectors: NDArray[np.float32] | None = None,
     ) -> list[list[Hit]]:

@@ -19,11 +19,20 @@ ImageLike: TypeAlias = bytes | Path | str | Image.Image | NDArray[np.uint8]
 """Bytes of an image file, a path to one, a Pillow image, or RGB pixels uint8 [H, W, 3]."""
 
 
+Ids: TypeAlias = Sequence[str] | Sequence[int]
+"""Ids of items: integers where the collection's are (`id_type` int64), or their digits."""
+
+
+def id_texts(ids: Ids) -> list[str]:
+    """Ids as they are sent and stored."""
+    return [str(each) for each in ids]
+
+
 @dataclass(frozen=True)
 class ItemId:
     """An item of the collection, as a query or example."""
 
-    id: str
+    id: str | int
 
 
 ExampleLike: TypeAlias = ImageLike | ItemId | NDArray[np.float32]
@@ -78,7 +87,7 @@ def example_message(example: ExampleLike) -> pb.Example:
     """An example on the wire. Raises InvalidImage as `image_bytes`."""
     match example:
         case ItemId(id):
-            return pb.Example(id=id)
+            return pb.Example(id=str(id))
         case np.ndarray() if example.ndim == 1:
             return pb.Example(vector=packed(example.astype(np.float32)))
         case _:
@@ -165,7 +174,7 @@ class UpsertPart:
 
 def upsert_parts(
     name: str,
-    ids: Sequence[str],
+    ids: Ids,
     *,
     images: Iterable[ImageLike] | None,
     vectors: NDArray[np.float32] | None,
@@ -189,7 +198,7 @@ def upsert_parts(
         some = slice(at, at + count)
         request = pb.UpsertRequest(
             collection=name,
-            ids=ids[some],
+            ids=id_texts(ids[some]),
             metadata=map(metadata_to_struct, metadata[some] if metadata is not None else ()),
             encoder_id=encoder_id,
             **source,

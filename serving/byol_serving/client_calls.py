@@ -13,9 +13,10 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from byol_serving.client_batches import DTypeName, Embeddings
+from byol_serving.client_batches import DTypeName, Embeddings, Ids, id_texts
 from byol_serving.collections.types import (
     CollectionInfo,
+    IdType,
     IndexKind,
     IndexStats,
     Item,
@@ -240,9 +241,13 @@ def _stage(stage: pb.Stage) -> Stage:
 # --- Collections --------------------------------------------------------------------------------
 
 
-def create(name: str, dim: int, encoder_id: str, index: IndexKind) -> Call[CollectionInfo]:
+def create(
+    name: str, dim: int, encoder_id: str, index: IndexKind, id_type: IdType
+) -> Call[CollectionInfo]:
     """Make a collection."""
-    request = pb.CreateCollectionRequest(name=name, dim=dim, encoder_id=encoder_id, index=index)
+    request = pb.CreateCollectionRequest(
+        name=name, dim=dim, encoder_id=encoder_id, index=index, id_type=id_type
+    )
     method = COLLECTIONS + "CreateCollection"
     return Call(method, request, pb.Collection, collection_info, repeatable=False)
 
@@ -289,27 +294,29 @@ def upsert(request: pb.UpsertRequest) -> Call[UpsertCounts]:
     return Call(COLLECTIONS + "Upsert", request, pb.UpsertResponse, upsert_answer)
 
 
-def set_metadata(name: str, ids: Sequence[str], metadata: Sequence[Metadata]) -> Call[None]:
+def set_metadata(name: str, ids: Ids, metadata: Sequence[Metadata]) -> Call[None]:
     """Replace metadata."""
     structs = map(metadata_to_struct, metadata)
-    request = pb.SetMetadataRequest(collection=name, ids=ids, metadata=structs)
+    request = pb.SetMetadataRequest(collection=name, ids=id_texts(ids), metadata=structs)
     return Call(COLLECTIONS + "SetMetadata", request, pb.SetMetadataResponse, _nothing)
 
 
-def delete(name: str, ids: Sequence[str] | None, where: Where | None) -> Call[int]:
+def delete(name: str, ids: Ids | None, where: Where | None) -> Call[int]:
     """Delete by id or by filter; sent again, it would count fewer, so it is not repeatable."""
-    request = pb.DeleteRequest(collection=name, ids=ids or (), filter=filter_message(where))
+    request = pb.DeleteRequest(
+        collection=name, ids=id_texts(ids or ()), filter=filter_message(where)
+    )
     method = COLLECTIONS + "Delete"
     return Call(method, request, pb.DeleteResponse, lambda answer: answer.deleted, repeatable=False)
 
 
-def get(name: str, ids: Sequence[str], with_vectors: bool) -> Call[list[Item]]:
+def get(name: str, ids: Ids, with_vectors: bool) -> Call[list[Item]]:
     """Items by id."""
 
     def parse(answer: pb.GetResponse) -> list[Item]:
         return [item_value(each) for each in answer.items]
 
-    request = pb.GetRequest(collection=name, ids=ids, with_vectors=with_vectors)
+    request = pb.GetRequest(collection=name, ids=id_texts(ids), with_vectors=with_vectors)
     return Call(COLLECTIONS + "Get", request, pb.GetResponse, parse)
 
 

@@ -101,7 +101,7 @@ def search(
     options: SearchOptions,
     *,
     images: Iterable[ImageLike] = (),
-    ids: Iterable[str] = (),
+    ids: Iterable[str | int] = (),
     queries: Iterable[QueryLike] = (),
     vectors: NDArray[np.float32] | None = None,
 ) -> Call[list[list[Hit]]]:
@@ -148,7 +148,7 @@ def one_query(
     *,
     image: ImageLike | None,
     vector: NDArray[np.float32] | None,
-    id: str | None,
+    id: str | int | None,
     like: Sequence[ExampleLike],
     unlike: Sequence[ExampleLike],
 ) -> QueryLike:

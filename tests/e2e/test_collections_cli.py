@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -195,6 +197,23 @@ def test_out_to_parquet_and_in_again(site: Site) -> None:
             np.testing.assert_allclose(
                 np.asarray(before.vector), np.asarray(after.vector), atol=1e-6
             )
+
+
+def test_integer_ids_go_out_and_in_as_integers(site: Site) -> None:
+    words = ("numbers", "--id-type", "int64", "--dim", "3", "--encoder-id", "mine")
+    assert site.byol("collections", "create", *words)["id_type"] == "int64"
+    with Client(site.address) as client:
+        client.upsert("numbers", [5, -(2**63), 40], vectors=np.eye(3, dtype=np.float32))
+    assert site.byol("collections", "get", "numbers", "40")["items"]
+    file = site.root / "numbers.parquet"
+    site.byol("collections", "export", "numbers", file)
+    table = pq.read_table(file)
+    assert table.schema.field("id").type == pa.int64()
+    assert table.column("id").to_pylist() == [5, -(2**63), 40]
+    assert site.byol("collections", "import", "numbers-too", file)["inserted"] == 3
+    with Client(site.address) as client:
+        assert client.collection("numbers-too").id_type == "int64"
+        assert [item.int_id for item in client.items("numbers-too")] == [5, -(2**63), 40]
 
 
 def test_keeping_by_a_server_and_without(site: Site) -> None:

@@ -7,7 +7,7 @@ from typing import cast, get_args
 
 import numpy as np
 
-from byol_serving.collections.types import IndexKind, Metadata, Vectors
+from byol_serving.collections.types import IdType, IndexKind, Metadata, Vectors
 from byol_serving.errors import InvalidRequest, InvalidVector
 
 MAX_ID_BYTES = 512
@@ -15,6 +15,10 @@ MAX_METADATA_BYTES = 1 << 20
 MAX_DIM = 65_536
 
 _KINDS = get_args(IndexKind)
+_ID_TYPES = get_args(IdType)
+# One text for each integer, so that two texts are never the same id: no zeros before, no "-0".
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_INT64 = range(-(2**63), 2**63)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # An escaped NUL; an even run of backslashes before it is text that only looks like one.
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -44,13 +48,24 @@ def index_kind(kind: str) -> IndexKind:
     return cast(IndexKind, kind)
 
 
+def id_type(name: str) -> IdType:
+    """Raises InvalidRequest for a type of ids that there is not."""
+    if name not in _ID_TYPES:
+        raise InvalidRequest(f"id type {name[:40]!r} is unknown: use {' or '.join(_ID_TYPES)}")
+    return cast(IdType, name)
+
+
 def could_be_id(text: str) -> bool:
     """Whether an item could have this id; False for text that cannot even be looked up."""
     return text.isprintable() or not any(c == "\x00" or "\ud800" <= c <= "\udfff" for c in text)
 
 
-def item_ids(ids: Sequence[str]) -> list[str]:
-    """The ids as a list. Raises InvalidRequest for one empty, too long, not text, or repeated."""
+def item_ids(ids: Sequence[str], kind: IdType = "string") -> list[str]:
+    """The ids as a list.
+
+    Raises:
+        InvalidRequest: one is empty, too long, not text, not of the kind, or repeated.
+    """
     seen: set[str] = set()
     for position, each in enumerate(ids):
         if not each or "\x00" in each:
@@ -66,6 +81,11 @@ def item_ids(ids: Sequence[str]) -> list[str]:
             raise InvalidRequest(
                 f"id {position} ({each[:20]!r}...) has {size} bytes, at most {MAX_ID_BYTES}: "
                 "shorten it, and keep the rest in metadata"
+            )
+        if kind == "int64" and not (_INTEGER.fullmatch(each) and int(each) in _INT64):
+            raise InvalidRequest(
+                f"id {position} ({each[:24]!r}) is no 64-bit integer in plain digits, as this"
+                " collection's ids are: send such, or create one with string ids"
             )
         if each in seen:
             raise InvalidRequest(f"id {each[:80]!r} is twice in the batch: send each id once")

@@ -21,6 +21,7 @@ from byol_serving.collections.stats import stats_of
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
+    IdType,
     IndexKind,
     IndexStats,
     Item,
@@ -55,7 +56,7 @@ class LocalCollection:
         try:
             with self._database.reading() as connection:
                 facts = _facts(rows.meta_of(connection), folder)
-                self._uuid, self.dim, self.encoder_id, kind = facts
+                self._uuid, self.dim, self.encoder_id, kind, self.id_type = facts
                 self._index = Index(self.dim, kind, options)
                 covered = loading.fill(
                     self._index, connection, folder, self._uuid, repair=not read_only
@@ -84,6 +85,7 @@ class LocalCollection:
             index=view.approximate.kind if view.approximate else "flat",
             version=view.seq,
             recall=view.approximate.tuning.recall if view.approximate else 1.0,
+            id_type=self.id_type,
         )
 
     def stats(self) -> IndexStats:
@@ -108,7 +110,7 @@ class LocalCollection:
     ) -> UpsertCounts:
         """Inserts or replaces; returns once the whole batch is on disk. See `types.Collection`."""
         self._view()
-        names = checks.item_ids(ids)
+        names = checks.item_ids(ids, self.id_type)
         unit = checks.unit_vectors(vectors, self.dim)
         checks.same_length(names, len(unit), "vectors")
         if metadata is None:
@@ -132,7 +134,7 @@ class LocalCollection:
     def set_metadata(self, ids: Sequence[str], metadata: Sequence[Metadata]) -> None:
         """Replaces metadata only. Raises UnknownId, and then nothing is changed."""
         self._view()
-        names = checks.item_ids(ids)
+        names = checks.item_ids(ids, self.id_type)
         checks.same_length(names, len(metadata), "metadata")
         texts = [checks.metadata_text(each, i) for i, each in enumerate(metadata)]
         if not names:
@@ -323,12 +325,13 @@ class LocalCollection:
         ]
 
 
-def _facts(meta: dict[str, str | int], folder: Path) -> tuple[str, int, str, IndexKind]:
-    """Uuid, dimension, encoder and index kind. Raises StoreCorrupt."""
+def _facts(meta: dict[str, str | int], folder: Path) -> tuple[str, int, str, IndexKind, IdType]:
+    """Uuid, dimension, encoder, index kind and type of ids. Raises StoreCorrupt."""
     try:
         kind = checks.index_kind(str(meta["index"]))
         dim = checks.dimension(int(meta["dim"]))
-        return str(meta["uuid"]), dim, str(meta["encoder_id"]), kind
+        id_type = checks.id_type(str(meta["id_type"]))
+        return str(meta["uuid"]), dim, str(meta["encoder_id"]), kind, id_type
     except (KeyError, TypeError, ValueError, InvalidRequest) as error:
         raise StoreCorrupt(
             f"the facts of {folder} are damaged ({error}): restore it from a backup"

@@ -35,6 +35,8 @@ MIGRATIONS: tuple[str, ...] = (
     """,
     # What changed since a moment, without reading every item: a filter's answer is kept up to date.
     "CREATE INDEX items_seq ON items (seq)",
+    # Before, all ids were strings. A program that does not know the other type must not write.
+    "INSERT INTO meta VALUES ('id_type', 'string')",
 )
 """Step i brings a file from schema version i (`user_version`) to i + 1, in one transaction."""
 
@@ -100,7 +102,7 @@ class Database:
                     _step(connection, step)
                 connection.execute("BEGIN")
                 rows = [*meta.items(), ("seq", 0)]
-                connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+                connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
                 connection.execute("COMMIT")
             finally:
                 connection.close()

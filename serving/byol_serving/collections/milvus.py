@@ -28,7 +28,7 @@ from byol_serving.collections.milvus_collection import (
     explained,
 )
 from byol_serving.collections.milvus_terms import MAX_TERMS, TERM_LENGTH, id_in
-from byol_serving.collections.types import CollectionInfo, IndexKind
+from byol_serving.collections.types import CollectionInfo, IdType, IndexKind
 from byol_serving.errors import AlreadyExists, InvalidRequest, Unavailable, UnknownCollection
 
 TOKEN_VARIABLE = "BYOL_MILVUS_TOKEN"
@@ -70,7 +70,13 @@ class MilvusStore:
                 _create(self._client, _REGISTRY, 2, "flat", fields)
 
     def create(
-        self, name: str, *, dim: int, encoder_id: str, index: IndexKind = "flat"
+        self,
+        name: str,
+        *,
+        dim: int,
+        encoder_id: str,
+        index: IndexKind = "flat",
+        id_type: IdType = "string",
     ) -> "MilvusCollection":
         """Makes an empty collection. See `types.Store`."""
         self._check_open()
@@ -85,6 +91,7 @@ class MilvusStore:
             encoder_id=encoder_id,
             index=index,
             table=f"{_PREFIX}{uuid.uuid4().hex}",
+            id_type=checks.id_type(id_type),
         )
         with self._changing, explained(self._uri):
             if self._registered(name):

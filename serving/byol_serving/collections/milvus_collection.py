@@ -16,6 +16,7 @@ from byol_serving.collections.sql import compile_filter
 from byol_serving.collections.types import (
     CollectionInfo,
     Hit,
+    IdType,
     IndexKind,
     Item,
     Metadata,
@@ -53,6 +54,8 @@ class Facts:
     index: IndexKind
     table: str
     """Its name in Milvus, which allows fewer characters than ours."""
+    id_type: IdType = "string"
+    """The registry of an earlier version does not say it: all ids were strings."""
 
 
 class MilvusCollection:
@@ -77,6 +80,7 @@ class MilvusCollection:
             count=int(row["count(*)"]),
             index=self.facts.index,
             recall=1.0 if self.facts.index == "flat" else None,
+            id_type=self.facts.id_type,
         )
 
     def stats(self) -> NoReturn:
@@ -91,7 +95,7 @@ class MilvusCollection:
         self, ids: Sequence[str], vectors: Vectors, metadata: Sequence[Metadata] | None = None
     ) -> UpsertCounts:
         """Inserts or replaces. See `types.Collection`."""
-        names = checks.item_ids(ids)
+        names = checks.item_ids(ids, self.facts.id_type)
         unit = checks.unit_vectors(vectors, self.facts.dim)
         checks.same_length(names, len(unit), "vectors")
         given = [{} for _ in names] if metadata is None else metadata
@@ -103,7 +107,7 @@ class MilvusCollection:
 
     def set_metadata(self, ids: Sequence[str], metadata: Sequence[Metadata]) -> None:
         """Replaces metadata. Milvus has no such update: the vectors are read and written again."""
-        names = checks.item_ids(ids)
+        names = checks.item_ids(ids, self.facts.id_type)
         _rows(names, np.empty((len(names), 0), np.float32), metadata)  # refused before any reading
         with self._writing:
             items = self.get(names, with_vectors=True)

@@ -15,7 +15,7 @@ from byol_serving.collections.collection import LocalCollection
 from byol_serving.collections.database import Database, explained
 from byol_serving.collections.disk import publish, sync
 from byol_serving.collections.index import IndexOptions
-from byol_serving.collections.types import CollectionInfo, IndexKind
+from byol_serving.collections.types import CollectionInfo, IdType, IndexKind
 from byol_serving.errors import (
     AlreadyExists,
     ByolError,
@@ -91,12 +91,18 @@ class Store:
         return dict(self._failed)
 
     def create(
-        self, name: str, *, dim: int, encoder_id: str, index: IndexKind = "flat"
+        self,
+        name: str,
+        *,
+        dim: int,
+        encoder_id: str,
+        index: IndexKind = "flat",
+        id_type: IdType = "string",
     ) -> LocalCollection:
         """Makes an empty collection; it is on disk when this returns.
 
         Raises:
-            InvalidRequest: the name, dimension or index kind is not allowed.
+            InvalidRequest: the name, dimension, index kind or id type is not allowed.
             AlreadyExists: there is one of that name.
             StoreError: the disk refused.
         """
@@ -106,6 +112,7 @@ class Store:
             "dim": checks.dimension(dim),
             "encoder_id": encoder_id,
             "index": checks.index_kind(index),
+            "id_type": checks.id_type(id_type),
         }
         return self._add(name, lambda file: Database.create(file, meta))
 

@@ -18,6 +18,10 @@ IndexKind = Literal[
 ]
 
 
+IdType = Literal["string", "int64"]
+"""What ids may be. They are text everywhere; of an int64 collection, the decimal digits of one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CollectionInfo:
     """A collection's facts."""
@@ -32,6 +36,7 @@ class CollectionInfo:
     """Grows with every change; None where the backend does not count them."""
     recall: float | None = None
     """The part of the true nearest that the index finds; None until it is measured."""
+    id_type: IdType = "string"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,11 @@ class Item:
     metadata: Metadata
     vector: Vectors | None = None
 
+    @property
+    def int_id(self) -> int:
+        """The id of an item whose collection has `id_type` int64. Raises ValueError for others."""
+        return int(self.id)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
@@ -51,6 +61,11 @@ class Hit:
     score: float
     metadata: Metadata
     vector: Vectors | None = None
+
+    @property
+    def int_id(self) -> int:
+        """The id of an item whose collection has `id_type` int64. Raises ValueError for others."""
+        return int(self.id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +161,8 @@ class Collection(Protocol):
         """Inserts or replaces; returns once the whole batch is on disk.
 
         Raises:
-            InvalidRequest: lengths differ, an id is empty, over 512 bytes, or twice in the batch.
+            InvalidRequest: lengths differ, or an id is empty, over 512 bytes, twice in the batch,
+                or not the decimal digits of a 64-bit integer where the collection's ids are such.
             InvalidVector: not [N, dim], not finite, or zero.
             StoreError: the disk refused; nothing of the batch is stored.
         """
@@ -214,12 +230,18 @@ class Store(Protocol):
     """A set of collections by name. All methods block and are thread-safe."""
 
     def create(
-        self, name: str, *, dim: int, encoder_id: str, index: IndexKind = "flat"
+        self,
+        name: str,
+        *,
+        dim: int,
+        encoder_id: str,
+        index: IndexKind = "flat",
+        id_type: IdType = "string",
     ) -> Collection:
         """Makes an empty collection; it is stored when this returns.
 
         Raises:
-            InvalidRequest: the name, dimension or index kind is not allowed.
+            InvalidRequest: the name, dimension, index kind or id type is not allowed.
             AlreadyExists: there is one of that name.
             StoreError: the backend refused.
         """

@@ -1,7 +1,8 @@
 """A collection's items in Parquet files: out of one backend and into another, or anywhere else.
 
-Columns `id` (string), `embedding` (fixed-size list of float32, L2-normalised) and `metadata` (JSON
-text); the file's own metadata names the encoder. `byol embed` writes the same columns and more.
+Columns `id` (string, or int64 where the collection's ids are), `embedding` (fixed-size list of
+float32, L2-normalised) and `metadata` (JSON text); the file's own metadata names the encoder.
+`byol embed` writes the same columns and more.
 Both directions hold one row group in memory. pyarrow is imported when a file is opened.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from byol_serving.collections.disk import publish
-from byol_serving.collections.types import Item, Metadata, Vectors
+from byol_serving.collections.types import IdType, Item, Metadata, Vectors
 from byol_serving.errors import InvalidSource, StoreError
 from byol_serving.indexing.tables import import_pyarrow
 
@@ -40,9 +41,17 @@ class Header:
     encoder_id: str
     """Empty where the files do not name it."""
     rows: int
+    id_type: IdType
 
 
-def write_items(path: Path, items: Iterable[Item], *, dim: int, encoder_id: str) -> int:
+def write_items(
+    path: Path,
+    items: Iterable[Item],
+    *,
+    dim: int,
+    encoder_id: str,
+    id_type: IdType = "string",
+) -> int:
     """Writes items with vectors to a new file, whole or not at all; returns how many.
 
     Raises:
@@ -52,7 +61,7 @@ def write_items(path: Path, items: Iterable[Item], *, dim: int, encoder_id: str)
     arrow, parquet = import_pyarrow("pyarrow"), import_pyarrow("pyarrow.parquet")
     schema = arrow.schema(
         [
-            arrow.field("id", arrow.string(), nullable=False),
+            arrow.field("id", getattr(arrow, id_type)(), nullable=False),
             arrow.field("embedding", arrow.list_(arrow.float32(), dim), nullable=False),
             arrow.field("metadata", arrow.string(), nullable=False),
         ],
@@ -89,23 +98,25 @@ def files_of(source: Path) -> list[Path]:
 
 
 def header_of(files: Sequence[Path]) -> Header:
-    """Dimension and encoder of the files.
+    """Dimension, encoder and kind of ids of the files.
 
     Raises:
         InvalidSource: a file is not Parquet, lacks a column, or differs from the first.
     """
     opened = [_opened(path) for path in files]
-    heads = [(_dim(path, file), _encoder(file)) for path, file in zip(files, opened, strict=True)]
+    heads = [
+        (_dim(path, file), _encoder(file), _id_type(file))
+        for path, file in zip(files, opened, strict=True)
+    ]
     for path, head in zip(files, heads, strict=True):
         if head != heads[0]:
             raise InvalidSource(
-                f"{path} has dimension and encoder {head}, {files[0]} {heads[0]}: import them into"
-                " collections of their own"
+                f"{path} has dimension, encoder and ids {head}, {files[0]} {heads[0]}: import them"
+                " into collections of their own"
             )
-    dim, encoder_id = heads[0]
-    return Header(
-        dim=dim, encoder_id=encoder_id, rows=sum(int(file.metadata.num_rows) for file in opened)
-    )
+    dim, encoder_id, id_type = heads[0]
+    rows = sum(int(file.metadata.num_rows) for file in opened)
+    return Header(dim=dim, encoder_id=encoder_id, rows=rows, id_type=id_type)
 
 
 def read_items(path: Path) -> Iterator[Batch]:
@@ -150,8 +161,10 @@ def _grouped(items: Iterable[Item]) -> Iterator[list[Item]]:
 def _table(arrow: Any, schema: Any, group: Sequence[Item]) -> Any:
     vectors = np.stack([np.asarray(item.vector, np.float32) for item in group])
     texts = [json.dumps(item.metadata, ensure_ascii=False) for item in group]
+    kind = schema.field("id").type
+    ids = [item.int_id if kind == arrow.int64() else item.id for item in group]
     columns = [
-        arrow.array([item.id for item in group], arrow.string()),
+        arrow.array(ids, kind),
         arrow.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1]),
         arrow.array(texts, arrow.string()),
     ]
@@ -181,6 +194,11 @@ def _dim(path: Path, file: Any) -> int:
 def _encoder(file: Any) -> str:
     facts = file.schema_arrow.metadata or {}
     return str(facts.get(ENCODER_KEY.encode(), b"").decode())
+
+
+def _id_type(file: Any) -> IdType:
+    integers = import_pyarrow("pyarrow").types.is_integer
+    return "int64" if integers(file.schema_arrow.field("id").type) else "string"
 
 
 def _parsed(path: Path, text: str) -> Metadata:

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from byol_serving.collections.checks import collection_name
-from byol_serving.collections.types import Collection, IndexKind, Item, Page, Store, Vectors
+from byol_serving.collections.types import Collection, IdType, IndexKind, Item, Page, Store, Vectors
 from byol_serving.errors import EncoderMismatch, FailedPrecondition, InvalidRequest
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
@@ -71,10 +71,14 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
                     f"dim {dim} is not the loaded encoder's {info.dim}; leave it 0, or name the"
                     " encoder_id of the vectors you will bring"
                 )
-        # The store checks the name and the index kind, which is any string on the wire.
+        # The store checks the name, the index kind and the id type: any strings on the wire.
         index = cast(IndexKind, request.index or "flat")
+        id_type = cast(IdType, request.id_type or "string")
         collection = await self._run(
-            lambda: store.create(request.name, dim=dim, encoder_id=encoder_id, index=index), context
+            lambda: store.create(
+                request.name, dim=dim, encoder_id=encoder_id, index=index, id_type=id_type
+            ),
+            context,
         )
         return collection_message(collection.info)
 

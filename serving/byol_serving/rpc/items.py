@@ -2,11 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import cast
 
 import numpy as np
 
 from byol_serving.collections.grouping import HitGroup
-from byol_serving.collections.types import CollectionInfo, Hit, IndexStats, Item, Verification
+from byol_serving.collections.types import (
+    CollectionInfo,
+    Hit,
+    IdType,
+    IndexStats,
+    Item,
+    Verification,
+)
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.convert import (
     embeddings_to_tensor,
@@ -28,6 +36,7 @@ def collection_message(info: CollectionInfo) -> pb.Collection:
         index=info.index,
         version=info.version,
         recall=info.recall,
+        id_type=info.id_type,
     )
 
 
@@ -41,6 +50,7 @@ def collection_info(message: pb.Collection) -> CollectionInfo:
         index=message.index,
         version=message.version if message.HasField("version") else None,
         recall=message.recall if message.HasField("recall") else None,
+        id_type=cast(IdType, message.id_type or "string"),
     )
 
 

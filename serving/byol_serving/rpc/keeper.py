@@ -5,6 +5,7 @@ switch itself is one assignment. One change at a time: it needs the memory of tw
 """
 
 import asyncio
+import ctypes
 import gc
 import logging
 from collections.abc import Awaitable, Callable
@@ -137,7 +138,17 @@ class ModelKeeper:
             await self._say(name, False)
         # Whoever asked may leave: the threads must end all the same.
         await asyncio.shield(model.close())
-        # Pipeline, batchers and encoder refer to each other, and Python, which sees only small
-        # objects, would leave the sessions' memory lying for long.
         del model
-        await asyncio.to_thread(gc.collect)
+        await asyncio.to_thread(_release_memory)
+
+
+def _release_memory() -> None:
+    """Gives the memory of an unloaded model back to the system.
+
+    Pipeline, batchers and encoder refer to each other, and Python, which sees only small objects,
+    would leave the sessions' memory lying for long; glibc keeps what was freed between two blocks
+    that are in use, 4 MB a switch under load.
+    """
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

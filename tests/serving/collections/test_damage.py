@@ -19,6 +19,7 @@ from byol_serving.collections.database import MIGRATIONS
 from byol_serving.collections.filters import Exists
 from byol_serving.collections.store import Store
 from byol_serving.errors import StoreCorrupt, StoreError
+from serving.collections.crash.migrating import forget_what_is_newer
 from serving.collections.model import Model, clustered
 
 DIM = 64
@@ -263,6 +264,7 @@ def test_older_schemas_are_brought_up_to_date(tmp_path: Path, version: int) -> N
     path = tmp_path / "store"
     with mock.patch.object(database, "MIGRATIONS", MIGRATIONS[:version]), Store(path) as store:
         store.create("c", dim=DIM, encoder_id="e").upsert(IDS, VECTORS, METADATA)
+    forget_what_is_newer(path)
     old = sqlite3.connect(_data(path))
     assert old.execute("PRAGMA user_version").fetchone() == (version,)
     old.close()
@@ -277,6 +279,7 @@ def test_older_schemas_are_brought_up_to_date(tmp_path: Path, version: int) -> N
             assert collection.info.count == 500
             assert collection.verify().ok
             assert collection.get(["item-00123"])[0].metadata == METADATA[123]
+            assert collection.info.id_type == "string"
     new = sqlite3.connect(_data(path))
     assert new.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
     new.close()

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from byol_serving.collections.filters import All, Equals, Exists, Filter, In, Not, Range
 from byol_serving.collections.index import IndexOptions
 from byol_serving.collections.store import Store
-from byol_serving.collections.types import IndexKind, Metadata
+from byol_serving.collections.types import IdType, IndexKind, Metadata
 from byol_serving.errors import UnknownId
 from serving.collections.model import Model, clustered
 
@@ -46,6 +46,7 @@ class Machine(RuleBasedStateMachine):
     """One collection in a store that is also closed, or abandoned as by a crash."""
 
     kind: IndexKind = "flat"
+    id_type: IdType = "string"
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,9 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def create(self) -> None:
         self.store = Store(self.root / "0", options=OPTIONS)
-        self.collection = self.store.create("c", dim=DIM, encoder_id="e", index=self.kind)
+        self.collection = self.store.create(
+            "c", dim=DIM, encoder_id="e", index=self.kind, id_type=self.id_type
+        )
 
     def teardown(self) -> None:
         self.store.close()
@@ -121,6 +124,7 @@ class Machine(RuleBasedStateMachine):
         self.store = Store(there, options=OPTIONS)
         assert self.store.failed == {}
         self.collection = self.store.get("c")
+        assert self.collection.id_type == self.id_type
 
     @invariant()
     def agrees(self) -> None:
@@ -128,10 +132,12 @@ class Machine(RuleBasedStateMachine):
             self.model.check_all(self.collection)
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
-def test_any_sequence(kind: IndexKind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "id_type"), [("flat", "int64"), ("hnsw", "string"), ("ivf", "string")]
+)
+def test_any_sequence(kind: IndexKind, id_type: IdType) -> None:
     run_state_machine_as_test(
-        type("Machine", (Machine,), {"kind": kind}),
+        type("Machine", (Machine,), {"kind": kind, "id_type": id_type}),
         settings=settings(
             max_examples=25,
             stateful_step_count=25,

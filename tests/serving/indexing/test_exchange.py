@@ -37,6 +37,20 @@ def test_what_was_written_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [each.name for each in path.parent.iterdir()] == ["items.parquet"]
 
 
+def test_integer_ids_are_a_column_of_integers(tmp_path: Path) -> None:
+    numbers = [7, -(2**63), 2**63 - 1]
+    items = [Item(id=str(n), metadata={}, vector=ROWS[0]) for n in numbers]
+    path = tmp_path / "items.parquet"
+    write_items(path, items, dim=DIM, encoder_id="e", id_type="int64")
+    assert pq.read_table(path).column("id").to_pylist() == numbers
+    assert header_of([path]).id_type == "int64"
+    assert [each for batch in read_items(path) for each in batch.ids] == [i.id for i in items]
+    write_items(tmp_path / "text.parquet", items, dim=DIM, encoder_id="e")
+    assert header_of([tmp_path / "text.parquet"]).id_type == "string"
+    with pytest.raises(InvalidSource, match="'int64'"):
+        header_of([tmp_path / "text.parquet", path])
+
+
 def test_an_export_that_fails_leaves_nothing_new(tmp_path: Path) -> None:
     def broken() -> Iterator[Item]:
         yield ITEMS[0]
@@ -58,7 +72,7 @@ def test_the_files_of_a_folder_belong_together(tmp_path: Path) -> None:
     files = files_of(tmp_path)
     assert [each.name for each in files] == [f"part-{n}.parquet" for n in range(3)]
     assert header_of(files[:2]).rows == 10
-    with pytest.raises(InvalidSource, match=r"part-2\.parquet has dimension and encoder"):
+    with pytest.raises(InvalidSource, match=r"part-2\.parquet has dimension, encoder and ids"):
         header_of(files)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidSource, match="no folder with one"):

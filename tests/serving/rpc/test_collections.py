@@ -7,7 +7,7 @@ import grpc
 import numpy as np
 import pytest
 
-from byol_serving.client import AsyncClient, Client, SearchOptions, UpsertCounts
+from byol_serving.client import AsyncClient, Client, ItemId, SearchOptions, UpsertCounts
 from byol_serving.collections.filters import Equals, Range
 from byol_serving.config import ServeConfig
 from byol_serving.errors import (
@@ -184,6 +184,25 @@ def test_vectors_of_another_encoder_are_refused(client: Client, name: str) -> No
         client.upsert(name, ["d"], vectors=vectors[:1], encoder_id="another")
     with pytest.raises(InvalidRequest, match="not the loaded encoder's"):
         client.create_collection("x", dim=3)
+
+
+def test_integer_ids_go_in_and_come_out(client: Client, name: str) -> None:
+    assert client.create_collection(name, id_type="int64").id_type == "int64"
+    assert client.collection(name).id_type == "int64"
+    ids = [2**63 - 1, -4, 0]
+    assert client.upsert(name, ids, images=PIXELS[:3]).inserted == 3
+    client.set_metadata(name, [-4], [{"n": 4}])
+    assert [item.int_id for item in client.get(name, ids)] == ids
+    assert client.search(name, image=PIXELS[1], k=1)[0].int_id == -4
+    assert -4 not in [hit.int_id for hit in client.search(name, id=-4, k=2)]
+    (found,) = client.search_many(name, SearchOptions(k=1), ids=[0])
+    assert found[0].int_id != 0
+    assert client.search(name, like=[ItemId(-4)], k=1, where={"n": 4}) == []
+    with pytest.raises(InvalidRequest, match="id 0 \\('x'\\) is no 64-bit integer"):
+        client.upsert(name, ["x"], images=PIXELS[:1])
+    assert client.delete(name, [0, 1]) == 1
+    with pytest.raises(InvalidRequest, match="id type 'uuid' is unknown"):
+        client.create_collection("other", id_type="uuid")  # type: ignore[arg-type]
 
 
 def test_an_upsert_stream_acknowledges_each_request(address: str, filled: str) -> None:

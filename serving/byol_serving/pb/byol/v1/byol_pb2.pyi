@@ -340,6 +340,7 @@ class Collection(google.protobuf.message.Message):
     INDEX_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     RECALL_FIELD_NUMBER: builtins.int
+    ID_TYPE_FIELD_NUMBER: builtins.int
     name: builtins.str
     dim: builtins.int
     encoder_id: builtins.str
@@ -351,6 +352,8 @@ class Collection(google.protobuf.message.Message):
     """Grows with every change; absent where the backend does not count them."""
     recall: builtins.float
     """The part of the true nearest that the index finds (1 for flat); absent until it is measured."""
+    id_type: builtins.str
+    """string or int64; empty from an older server: string"""
     def __init__(
         self,
         *,
@@ -361,9 +364,10 @@ class Collection(google.protobuf.message.Message):
         index: builtins.str = ...,
         version: builtins.int | None = ...,
         recall: builtins.float | None = ...,
+        id_type: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_recall", b"_recall", "_version", b"_version", "recall", b"recall", "version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_recall", b"_recall", "_version", b"_version", "count", b"count", "dim", b"dim", "encoder_id", b"encoder_id", "index", b"index", "name", b"name", "recall", b"recall", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_recall", b"_recall", "_version", b"_version", "count", b"count", "dim", b"dim", "encoder_id", b"encoder_id", "id_type", b"id_type", "index", b"index", "name", b"name", "recall", b"recall", "version", b"version"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_recall", b"_recall"]) -> typing.Literal["recall"] | None: ...
     @typing.overload
@@ -379,6 +383,7 @@ class CreateCollectionRequest(google.protobuf.message.Message):
     DIM_FIELD_NUMBER: builtins.int
     ENCODER_ID_FIELD_NUMBER: builtins.int
     INDEX_FIELD_NUMBER: builtins.int
+    ID_TYPE_FIELD_NUMBER: builtins.int
     name: builtins.str
     dim: builtins.int
     """0: the loaded encoder's."""
@@ -386,6 +391,8 @@ class CreateCollectionRequest(google.protobuf.message.Message):
     """Empty: the loaded encoder's. Vectors made elsewhere: any name you choose."""
     index: builtins.str
     """flat (default), hnsw, hnsw-sq8, ivf, ivf-fp16, ivf-sq8, ivf-pq, ivf-rabitq or auto."""
+    id_type: builtins.str
+    """string (default) or int64: ids are then the decimal digits of 64-bit integers, and no others."""
     def __init__(
         self,
         *,
@@ -393,8 +400,9 @@ class CreateCollectionRequest(google.protobuf.message.Message):
         dim: builtins.int = ...,
         encoder_id: builtins.str = ...,
         index: builtins.str = ...,
+        id_type: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "index", b"index", "name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "id_type", b"id_type", "index", b"index", "name", b"name"]) -> None: ...
 
 Global___CreateCollectionRequest: typing_extensions.TypeAlias = CreateCollectionRequest
 
