@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -94,7 +94,10 @@ def run_item(module: str, asked: Asked) -> list[Row]:
         return []
 
     rows = guarded(module, load, asked)
-    return rows + [row for name, check in found.items() for row in guarded(name, check, asked)]
+    rows += [row for name, check in found.items() for row in guarded(name, check, asked)]
+    if asked.quick and module != "correctness":  # tiny sizes meet or miss nothing
+        rows = [row if row.value is None else replace(row, aim="", met=None) for row in rows]
+    return rows
 
 
 def guarded(name: str, check: Check, asked: Asked) -> list[Row]:

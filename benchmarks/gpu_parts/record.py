@@ -44,7 +44,7 @@ def _run(asked: Asked, name: str, config: TrainConfig) -> list[Row]:
     def on_epoch(model: Byol, step: int) -> None:
         nonlocal spent
         started = time.perf_counter()
-        epoch = step * config.batch_size // len(train)
+        epoch = step // (len(train) // config.batch_size)
         if epoch % 20 == 0:
             curve.append(f"{epoch}: {100 * _knn(model, config, train, test):.1f}")
         spent += time.perf_counter() - started
