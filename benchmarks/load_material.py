@@ -100,14 +100,16 @@ def tiny_encoder(path: Path, size: int) -> Bundle:
     return load_bundle(path)
 
 
-def resnet18(path: Path, samples: Pixels, precision: Precision) -> Bundle:
-    """ResNet-18 for 224 pixels; untrained, but for the statistics of its batch norms.
+def untrained_resnet(
+    path: Path, samples: Pixels, precision: Precision, *, encoder: str = "resnet18"
+) -> Bundle:
+    """A ResNet for 224 pixels; untrained, but for the statistics of its batch norms.
 
     Speed does not depend on the weights. Without such statistics all embeddings would be alike, and
     a cosine between precisions would say nothing.
     """
     torch.manual_seed(0)
-    network = build_encoder("resnet18").train()
+    network = build_encoder(encoder).train()
     pixels = torch.from_numpy(samples[:16]).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         for _ in range(10):
@@ -115,7 +117,7 @@ def resnet18(path: Path, samples: Pixels, precision: Precision) -> Bundle:
     return export_bundle(
         network.eval(),
         path,
-        name=f"resnet18-{precision}",
+        name=f"{encoder}-{precision}",
         preprocess=Preprocess(size=224),
         mean=MEAN,
         std=STD,

@@ -16,6 +16,7 @@ from typing import Any
 
 from load_material import DIM, Load
 
+from byol_serving.bundle import Bundle
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from harness import HERE, PEER_PYTHON
 
@@ -190,6 +191,11 @@ def ours(load: Load, scratch: Path) -> Server:
     for path in load.images.iterdir():
         request = pb.EmbedRequest(images=[path.read_bytes()])
         (bodies / path.name).write_bytes(request.SerializeToString())
+    return our_server(load.bundle, bodies)
+
+
+def our_server(bundle: Bundle, bodies: Path) -> Server:
+    """`byol serve` with clients that send serialised EmbedRequests, the files in `bodies`."""
     port = free_port()
     command = [sys.executable, "-m", "byol_cli.main", "serve", "--json", "--port", str(port)]
     facts = {
@@ -197,7 +203,7 @@ def ours(load: Load, scratch: Path) -> Server:
         "method": "/byol.v1.Embedder/Embed",
         "address": f"127.0.0.1:{port}",
     }
-    return Server("ours", [*command, "--bundle", str(load.bundle.path)], facts, bodies)
+    return Server("ours", [*command, "--bundle", str(bundle.path)], facts, bodies)
 
 
 def peer(name: str, load: Load, scratch: Path) -> Server:

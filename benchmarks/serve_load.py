@@ -26,9 +26,9 @@ from load_material import (
     centred_cosine,
     photographs,
     pixels_of,
-    resnet18,
     small_images,
     tiny_encoder,
+    untrained_resnet,
     write_images,
 )
 from load_servers import Server, Window, ours, peer
@@ -73,7 +73,7 @@ def main() -> None:
         scratch = Path(name)
         samples = pixels_of(photos, 224)
         vga = write_images(scratch / "vga", photos)
-        full = resnet18(scratch / "resnet18", samples, "fp32")
+        full = untrained_resnet(scratch / "resnet18", samples, "fp32")
         loads = (
             Load("resnet18", full, vga),
             Load("vga_tiny", tiny_encoder(scratch / "tiny224", 224), vga),
@@ -91,7 +91,7 @@ def main() -> None:
             for each, values in found.rates.items():
                 results[f"{load.name} {each}"] = Rate("images/s", tuple(values))
             ratios |= ratios_of(load.name, found, peers)
-        low = resnet18(scratch / "int8", samples, "int8")
+        low = untrained_resnet(scratch / "int8", samples, "int8")
         results |= (speeds := precision_speeds(full, low, chosen))
         ratios["int8_vs_fp32"] = speeds["int8 session"].median / speeds["fp32 session"].median
         ratios |= precision_cosines(full, low, samples[1::2])

@@ -2,8 +2,9 @@
 
 CIFAR-10 images (or random ones where there are none), ResNet-18 with the small-image stem, heads of
 4096 and 256, recipe `cifar`. `bare` is the forward and backward of both networks on random tensors,
-in the same precision and layout: no views, no input, no optimiser, no metrics. `lightly` runs
-as its documentation shows, in fp32 and the default layout, with its own optimiser and transform.
+in the same precision and layout, compiled likewise: no views, no input, no optimiser, no metrics.
+`lightly` runs as its documentation shows, in fp32 and the default layout, with its own optimiser
+and transform.
 """
 
 import dataclasses
@@ -98,7 +99,9 @@ def our_steps(
 def bare_steps(config: TrainConfig, machine: Machine, steps: int) -> Callable[[], float]:
     """Forward and backward on tensors that are there already: the limit."""
     model = build_model(config).to(machine.device).to(memory_format=torch.channels_last).train()
-    views = torch.randn(2, config.batch_size, 3, SIZE, SIZE, device=machine.device)
+    compile_networks(model, config.compile, machine)
+    side = config.image_size
+    views = torch.randn(2, config.batch_size, 3, side, side, device=machine.device)
     first, second = (each.contiguous(memory_format=torch.channels_last) for each in views)
 
     def measure() -> float:

@@ -32,6 +32,11 @@ from byol_cli.output import emit, json_option
     type=click.Path(path_type=Path, exists=True),
     help="Images, best those trained on: give all directions of the embedding the same variance.",
 )
+@click.option(
+    "--with-weights",
+    is_flag=True,
+    help="Keep the float32 weights in the bundle, for byol train --start-from.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at --out.")
 @json_option
 def command(
@@ -44,6 +49,7 @@ def command(
     measure_on: Path | None,
     features: str | None,
     whiten: Path | None,
+    with_weights: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -66,6 +72,7 @@ def command(
         measure_on=measure_on,
         features=features.split(",") if features else (),
         whiten_on=whiten,
+        keep_weights=with_weights,
         overwrite=overwrite,
     )
     emit(

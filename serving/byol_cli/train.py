@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
     help="Measure this machine, choose encoder, sizes and epochs, and end by then: 30m, 2h.",
 )
 @click.option("--encoder", help="small, resnet18/34/50/101, convnext_tiny/small/base, timm:NAME.")
-@click.option("--start-from", help="Weights to start from: a run, a file, or timm.")
+@click.option("--start-from", help="Weights to start from: a run, a bundle, a file, or timm.")
 @click.option("--stem", type=click.Choice(["imagenet", "small"]), help="small: under 100 pixels.")
 @click.option("--image-size", type=int, help="Side of the views in pixels.")
 @click.option("--batch-size", type=int, help="Images in one step, over all processes.")
@@ -63,7 +63,9 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--seed", type=int)
 @click.option("--device", help="auto, cpu or cuda.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]))
-@click.option("--compile", type=click.Choice(["auto", "on", "off"]), help="torch.compile.")
+@click.option(
+    "--compile", type=click.Choice(["auto", "on", "off", "graphs"]), help="torch.compile."
+)
 @click.option("--tensorboard", is_flag=True, default=None, help="Write curves for it, too.")
 @click.option(
     "--store-scale",
@@ -119,41 +121,77 @@ def command(
     from byol_training.machine import use_processors
     from byol_training.online import OnlineScores
     from byol_training.parallel import joined
-    from byol_training.survey import survey
 
     use_processors(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if resume and config is None and (out / "config.json").exists():
         config = out / "config.json"
+    ends = None if budget is None else started + budget
+    chosen = _Chosen(recipe=recipe, config=config, changes=given, ends=ends, resume=resume)
     with joined(given.get("device", "auto")) as world:
-        found = world.decide(survey(source) if world.leads else None)
-        settings = _settings(recipe, config, given)
-        if budget is not None and not (recipe or config or "encoder" in given):
-            left = budget - (time.monotonic() - started)
-            settings = world.decide(_planned(found, left, given) if world.leads else None)
-        side = found.stored_side(settings.image_size)
-        if store_scale is not None:
-            side = round(settings.image_size * store_scale)
-        images = _load(source, side, cache or out / "cache", world)
-        if budget is not None and not (resume and config):
-            left = max(1.0, budget - (time.monotonic() - started))
-            settings = world.decide(dataclasses.replace(settings, max_seconds=left))
+        settings, images = _prepare(source, chosen, store_scale, cache or out / "cache", world)
         scores = OnlineScores(images, settings, out, every=eval_every) if eval_every else None
         last = _train(
             images, settings, out, scores, resume=resume, quiet=as_json or not world.leads
         )
         if world.leads:
-            read = scores.last if scores is not None else {}
-            emit(
-                {
-                    "run": out,
-                    "images": len(images),
-                    "rejected": len(images.rejected),
-                    **(asdict(last) if last is not None else {}),
-                    **{f"eval_{name}": value for name, value in read.items()},
-                    "next": f"byol export {out} --out bundles/{out.name}",
-                },
-                as_json,
-            )
+            _report(out, images, last, scores, as_json=as_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """What the command line says about the settings."""
+
+    recipe: str | None
+    config: Path | None
+    changes: dict[str, Any]
+    ends: float | None
+    """Of the budget, by the monotonic clock; None without."""
+    resume: bool
+
+
+def _prepare(
+    source: Path, chosen: _Chosen, store_scale: float | None, cache: Path, world: "World"
+) -> "tuple[TrainConfig, Images]":
+    """The settings, planned where that was left to us, and the images at the side they want."""
+    from byol_training.survey import survey
+
+    found = world.decide(survey(source) if world.leads else None)
+    settings = _settings(chosen.recipe, chosen.config, chosen.changes)
+    if chosen.ends is not None and not (
+        chosen.recipe or chosen.config or "encoder" in chosen.changes
+    ):
+        left = chosen.ends - time.monotonic()
+        settings = world.decide(_planned(found, left, chosen.changes) if world.leads else None)
+    side = found.stored_side(settings.image_size)
+    if store_scale is not None:
+        side = round(settings.image_size * store_scale)
+    images = _load(source, side, cache, world)
+    if chosen.ends is not None and not (chosen.resume and chosen.config):
+        left = max(1.0, chosen.ends - time.monotonic())
+        settings = world.decide(dataclasses.replace(settings, max_seconds=left))
+    return settings, images
+
+
+def _report(
+    out: Path,
+    images: "Images",
+    last: "Progress | None",
+    scores: "OnlineScores | None",
+    *,
+    as_json: bool,
+) -> None:
+    read = scores.last if scores is not None else {}
+    emit(
+        {
+            "run": out,
+            "images": len(images),
+            "rejected": len(images.rejected),
+            **(asdict(last) if last is not None else {}),
+            **{f"eval_{name}": value for name, value in read.items()},
+            "next": f"byol export {out} --out bundles/{out.name}",
+        },
+        as_json,
+    )
 
 
 def _settings(recipe: str | None, config: Path | None, given: dict[str, Any]) -> "TrainConfig":

@@ -1,9 +1,10 @@
-"""The encoder bundle: the one thing that training hands to serving, a directory of three files.
+"""The encoder bundle: the one thing that training hands to serving, a directory of few files.
 
     encoder.onnx   images uint8 [N, S, S, 3] RGB -> embedding float32 [N, D], L2-normalised,
                    and dense feature maps float32 [N, C, H, W] where the export was asked for them
     bundle.json    what it is, how bytes become pixels, where it came from, what it scored
     golden.npz     a few inputs and the embeddings PyTorch gave for them
+    weights.safetensors   where asked for: the encoder's weights, for training to go on from
 
 Mean, std, layout change and normalisation are inside the graph, so that they cannot drift. The
 directory is written under a temporary name and renamed: a bundle is whole or not there.
@@ -29,6 +30,7 @@ FORMAT_VERSION = 1
 MODEL_FILE = "encoder.onnx"
 INFO_FILE = "bundle.json"
 GOLDEN_FILE = "golden.npz"
+WEIGHTS_FILE = "weights.safetensors"
 
 GOLDEN_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "int8": 5e-2}
 """Largest cosine distance between ONNX Runtime's and PyTorch's embedding of one golden image."""
@@ -63,6 +65,8 @@ class BundleInfo:
     scores: Mapping[str, float] = field(default_factory=dict)
     """Measures of the encoder, for instance knn_accuracy, parity_max_cosine_distance."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    weights_sha256: str = ""
+    """Of weights.safetensors; empty where the bundle has none."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class Bundle:
         """The ONNX file."""
         return self.path / MODEL_FILE
 
+    @property
+    def weights_path(self) -> Path | None:
+        """The encoder's weights by PyTorch's names, float32; None where they were not kept."""
+        return self.path / WEIGHTS_FILE if self.info.weights_sha256 else None
+
     def golden(self) -> tuple[Pixels, NDArray[np.float32]]:
         """Inputs uint8 [G, S, S, 3] and PyTorch's embeddings float32 [G, D] of them."""
         with np.load(self.path / GOLDEN_FILE) as arrays:
@@ -90,9 +99,10 @@ def write_bundle(
     golden_images: Pixels,
     golden_embeddings: NDArray[np.float32],
     *,
+    weights: bytes | None = None,
     overwrite: bool = False,
 ) -> Bundle:
-    """Writes a bundle to `path`; `info.encoder_id` is set here, from the model's bytes.
+    """Writes a bundle to `path`; the checksums in `info` are set here, from the files' bytes.
 
     Args:
         path: the directory to make.
@@ -100,6 +110,7 @@ def write_bundle(
         info: its facts.
         golden_images: uint8 [G, S, S, 3].
         golden_embeddings: float32 [G, D].
+        weights: the encoder's, as safetensors, to keep beside the graph.
         overwrite: replace a bundle that stands at `path`; anything else there is never replaced.
 
     Raises:
@@ -107,12 +118,18 @@ def write_bundle(
     """
     if path.exists() and not (overwrite and (path / INFO_FILE).exists()):
         raise AlreadyExists(f"{path} exists; choose another path, or overwrite a bundle there")
-    info = dataclasses.replace(info, encoder_id=hashlib.sha256(model).hexdigest())
+    info = dataclasses.replace(
+        info,
+        encoder_id=hashlib.sha256(model).hexdigest(),
+        weights_sha256=hashlib.sha256(weights).hexdigest() if weights is not None else "",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.parent / f".{path.name}.{os.getpid()}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     (scratch / MODEL_FILE).write_bytes(model)
+    if weights is not None:
+        (scratch / WEIGHTS_FILE).write_bytes(weights)
     np.savez(scratch / GOLDEN_FILE, images=golden_images, embeddings=golden_embeddings)
     facts = {
         "format_version": FORMAT_VERSION,
@@ -145,7 +162,10 @@ def load_bundle(path: Path) -> Bundle:
     except ValueError as error:
         raise InvalidBundle(f"{path / INFO_FILE} is not JSON; export the bundle again") from error
     info = _parse(path, facts)
-    for name, wanted in ((MODEL_FILE, info.encoder_id), (GOLDEN_FILE, facts["golden_sha256"])):
+    sums = {MODEL_FILE: info.encoder_id, GOLDEN_FILE: facts["golden_sha256"]}
+    if info.weights_sha256:
+        sums[WEIGHTS_FILE] = info.weights_sha256
+    for name, wanted in sums.items():
         if not (path / name).is_file():
             raise InvalidBundle(f"{path / name} is missing; copy or export the bundle again")
         if (found := _sha256(path / name)) != wanted:
@@ -177,8 +197,9 @@ def _parse(path: Path, facts: dict[str, Any]) -> BundleInfo:
         fields = {key: value for key, value in facts.items() if key in known}
         fields["preprocess"] = Preprocess(**facts["preprocess"])
         fields["features"] = tuple(FeatureMap(**each) for each in facts["features"])
-        if not isinstance(facts["golden_sha256"], str):
-            raise TypeError("golden_sha256 is not a string")
+        sums = (facts["golden_sha256"], facts.get("weights_sha256", ""))
+        if not all(isinstance(each, str) for each in sums):
+            raise TypeError("a checksum is not a string")
         return BundleInfo(**fields)
     except (KeyError, TypeError, InvalidRequest) as error:
         raise InvalidBundle(

@@ -93,6 +93,7 @@ def test_what_is_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
         ({"preprocess": {"size": -3}}, "lacks or misstates a field"),
         ({"features": [{"nonsense": 1}]}, "lacks or misstates a field"),
         ({"golden_sha256": 7}, "lacks or misstates a field"),
+        ({"weights_sha256": 7}, "lacks or misstates a field"),
     ],
 )
 def test_facts_that_cannot_be_are_refused(

@@ -143,7 +143,7 @@ def test_a_box_that_never_fits_is_the_centre(ratio: tuple[float, float]) -> None
 def test_grey_blur_and_solarise_are_torchvisions() -> None:
     images = pictures(24)
     for changes in ({"grey_p": 0.5}, {"blur_p": 0.5, "blur_kernel": 0.3}, {"solarise_p": 0.5}):
-        config = dataclasses.replace(PLAIN, **changes)  # type: ignore[arg-type]
+        config = dataclasses.replace(PLAIN, **changes)  # type: ignore[arg-type]  # floats, all
         chance = draw(config, 24)
         ours = apply_view(images, config, chance, 24)
         for i, image in enumerate(as_float(images)):

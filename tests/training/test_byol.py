@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ def tiny_encoder(dim: int = 16) -> Encoder:
 def tiny_byol(*, symmetrised: bool = True) -> Byol:
     torch.manual_seed(0)
     return Byol(tiny_encoder(), HeadConfig(hidden=32, out=8), symmetrised=symmetrised)
+
+
+def layer(encoder: Encoder, number: int) -> Any:
+    """The convolution, 0, or the batch norm, 1."""
+    return encoder.stages["conv"][number]  # type: ignore[index]  # a Sequential
 
 
 def views(count: int = 16, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -77,8 +83,8 @@ def test_no_gradient_reaches_the_target() -> None:
 
 def test_target_is_the_closed_form_average() -> None:
     model = tiny_byol()
-    source = model.encoder.stages["conv"][0].weight  # type: ignore[index]
-    target = model.target_encoder.stages["conv"][0].weight  # type: ignore[index]
+    source = layer(model.encoder, 0).weight
+    target = layer(model.target_encoder, 0).weight
     start, taus = target.detach().clone(), [0.9, 0.95, 0.99, 1.0]
     history = []
     for tau in taus:
@@ -94,10 +100,10 @@ def test_target_is_the_closed_form_average() -> None:
 
 def test_target_batch_norm_keeps_statistics_of_its_own_forward_passes() -> None:
     model = tiny_byol()
-    online = model.encoder.stages["conv"][1]  # type: ignore[index]
-    target = model.target_encoder.stages["conv"][1]  # type: ignore[index]
+    online = layer(model.encoder, 1)
+    target = layer(model.target_encoder, 1)
     with torch.no_grad():
-        model.target_encoder.stages["conv"][0].bias += 5.0  # type: ignore[index]
+        layer(model.target_encoder, 0).bias += 5.0
     model(*views())
     assert int(online.num_batches_tracked) == int(target.num_batches_tracked) == 2
     before = target.running_mean.clone()
@@ -114,8 +120,8 @@ def test_averaged_statistics_replace_the_targets_own() -> None:
     model.train()
     assert model.encoder.training
     assert not any(m.training for m in model.target_encoder.modules())
-    online = model.encoder.stages["conv"][1]  # type: ignore[index]
-    target = model.target_encoder.stages["conv"][1]  # type: ignore[index]
+    online = layer(model.encoder, 1)
+    target = layer(model.target_encoder, 1)
     before = target.running_var.clone()
     model(*views())
     assert torch.equal(target.running_var, before)  # its own passes leave them
@@ -145,7 +151,7 @@ def test_views_are_normalised_apart() -> None:
     model = tiny_byol()
     first, second = views()
     second = second + 3.0
-    conv, norm = model.encoder.stages["conv"][0], model.encoder.stages["conv"][1]  # type: ignore[index]
+    conv, norm = layer(model.encoder, 0), layer(model.encoder, 1)
     with torch.no_grad():
         means = [conv(v).mean((0, 2, 3)) for v in (first, second)]
     model(first, second)
@@ -187,7 +193,7 @@ def train(rule: Rule, steps: int = 300) -> float:
     for step in range(steps):
         loss = rule(model, *views(64, seed=step % 8))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()
         model.update_target(0.5)  # a fast target: a slow one takes longer to collapse
     with torch.no_grad():

@@ -29,7 +29,7 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def pack(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]  # any mode
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -50,11 +51,18 @@ def test_the_mean_survives_a_resume() -> None:
 
 
 def watch(**changes: float) -> tuple[str, ...]:
-    healthy = {"step": 100, "loss": 1.0, "spread": 0.6, "rank": 20.0, "full": 64, "shortened": 0}
+    healthy: dict[str, Any] = {
+        "step": 100,
+        "loss": 1.0,
+        "spread": 0.6,
+        "rank": 20.0,
+        "full": 64,
+        "shortened": 0,
+    }
     both = Watch(TrainConfig.small())
-    assert both.check(**healthy) == ()  # type: ignore[arg-type]
-    found = both.check(**healthy | changes)  # type: ignore[arg-type]
-    again = both.check(**healthy | changes | {"shortened": 0})  # type: ignore[arg-type]
+    assert both.check(**healthy) == ()
+    found = both.check(**healthy | changes)
+    again = both.check(**healthy | changes | {"shortened": 0})
     assert again == ()  # said once
     return found
 

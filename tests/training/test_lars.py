@@ -50,7 +50,7 @@ def test_against_reference() -> None:
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_biases_and_batch_norm_are_left_out(name: str) -> None:
     model = Byol(build_encoder("small"), HeadConfig(hidden=8, out=4))
-    config = OptimizerConfig(name=name, weight_decay=0.5)  # type: ignore[arg-type]
+    config = OptimizerConfig(name=name, weight_decay=0.5)  # type: ignore[arg-type]  # a name
     optimizer = build_optimizer(model.trained_parameters(), config)
     decayed, rest = optimizer.param_groups
     assert decayed["weight_decay"] == 0.5

@@ -6,7 +6,13 @@ from torch import Tensor, nn
 
 from byol_serving.errors import InvalidConfig
 from byol_training import machine
-from byol_training.machine import choose_machine, compile_networks, use_processors
+from byol_training.config import Compile
+from byol_training.machine import (
+    choose_machine,
+    compile_mode,
+    compile_networks,
+    use_processors,
+)
 
 
 def test_precision_is_what_was_asked_for() -> None:
@@ -54,6 +60,24 @@ def test_what_cannot_be_compiled_goes_on_without(monkeypatch: pytest.MonkeyPatch
     network = Unfit()
     compile_networks(network, "on", choose_machine("cpu", "fp32"))
     assert torch.equal(network(torch.ones(3)), torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cpu", "cuda"),
+    [
+        ("auto", None, "default"),
+        ("on", "default", "default"),
+        ("off", None, None),
+        ("graphs", "refused", "reduce-overhead"),
+    ],
+)
+def test_how_networks_are_compiled(wanted: Compile, cpu: str | None, cuda: str | None) -> None:
+    assert compile_mode(wanted, "cuda") == cuda
+    if cpu != "refused":
+        assert compile_mode(wanted, "cpu") == cpu
+        return
+    with pytest.raises(InvalidConfig, match="graphs needs a CUDA device, and this is cpu"):
+        compile_networks(Unfit(), wanted, choose_machine("cpu", "fp32"))
 
 
 def test_auto_does_not_compile_on_a_processor() -> None:

@@ -1,4 +1,4 @@
-"""An encoder starts from an earlier run, from torchvision's files and from timm's."""
+"""An encoder starts from an earlier run or bundle, from torchvision's files and from timm's."""
 
 import shutil
 from pathlib import Path
@@ -9,9 +9,13 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from byol_serving.errors import InvalidConfig, InvalidSource
+from byol_serving.bundle import GOLDEN_TOLERANCE, cosine_distance
+from byol_serving.encoder import Encoder
+from byol_serving.errors import InvalidBundle, InvalidConfig, InvalidSource
 from byol_training.encoders import build_encoder
+from byol_training.export import Precision, export_run
 from byol_training.pretrain import build_model, pretrain
+from byol_training.served import ServedEncoder
 from byol_training.weights import start_from
 from training.support import stop_at, tiny_config, tiny_images
 
@@ -79,6 +83,40 @@ def test_an_earlier_run_goes_on_as_another(tmp_path: Path) -> None:
     pretrain(tiny_images(), config, tmp_path / "second", on_step=stop_at(3))
     shutil.rmtree(tmp_path / "first")
     pretrain(tiny_images(), config, tmp_path / "second", resume=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_bundle_goes_on_where_it_was_exported(tmp_path: Path, precision: Precision) -> None:
+    images = tiny_images()
+    pretrain(images, tiny_config(epochs=1), tmp_path / "run")
+    bundle = export_run(
+        tmp_path / "run", tmp_path / "bundle", precision=precision, keep_weights=True
+    )
+    shutil.rmtree(tmp_path / "run")
+    config = tiny_config(epochs=1, start_from=str(bundle.path), seed=9)
+    augment = config.augment
+    started = ServedEncoder(build_model(config).encoder, augment.mean, augment.std)
+    served = Encoder(bundle, device="cpu").embed(images.pixels)
+    limit = GOLDEN_TOLERANCE[precision]
+    assert cosine_distance(started.embed(images.pixels), served).max() < limit
+    fresh = ServedEncoder(build_model(tiny_config(seed=9)).encoder, augment.mean, augment.std)
+    assert cosine_distance(fresh.embed(images.pixels), served).min() > 2 * limit
+    pretrain(images, config, tmp_path / "second")
+
+
+def test_bundles_that_training_cannot_start_from(tmp_path: Path) -> None:
+    pretrain(tiny_images(), tiny_config(epochs=1), tmp_path / "run")
+    plain = export_run(tmp_path / "run", tmp_path / "plain")
+    assert plain.weights_path is None
+    with pytest.raises(InvalidSource, match=r"without the weights .* with --with-weights"):
+        load("small", plain.path)
+    kept = export_run(tmp_path / "run", tmp_path / "kept", keep_weights=True)
+    with pytest.raises(InvalidSource, match="weights of encoder resnet18"):
+        load("resnet18", kept.path)
+    assert kept.weights_path is not None
+    kept.weights_path.write_bytes(kept.weights_path.read_bytes()[:-1])
+    with pytest.raises(InvalidBundle, match=r"weights\.safetensors is truncated or altered"):
+        load("small", kept.path)
 
 
 def test_files_that_hold_no_weights(tmp_path: Path) -> None:

@@ -10,8 +10,12 @@ known without asking the device. `apply_view` does the work:
   image can have its own order of the four at the price of one;
 - hue turns in place without a full way to HSV and back;
 - steps that only some images take are done on those images.
+
+On a GPU the host only hands over numbers, a few for each image, and never waits: what goes there
+goes from pinned memory, matrices are made there, and constants are there already.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 
 from byol_training.config import AugmentConfig, ViewConfig
+from byol_training.machine import send
 
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision's rgb_to_grayscale
 _TRIES = 10  # torchvision's RandomResizedCrop gives up after ten and takes the centre
@@ -102,9 +107,14 @@ def _of_view(config: AugmentConfig, position: int) -> ViewConfig:
 
 def normalise(images: Tensor, config: AugmentConfig) -> Tensor:
     """(x - mean) / std per channel: float [B, 3, H, W] in 0..1, changed in place."""
-    mean = torch.tensor(config.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(config.std, device=images.device).view(3, 1, 1)
-    return images.sub_(mean).div_(std)
+    mean, std = (_constant(each, images.device) for each in (config.mean, config.std))
+    return images.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 on the device, sent once: sending one waits for all that the device is doing."""
+    return torch.tensor(values, device=device)
 
 
 def draw_view(
@@ -214,25 +224,25 @@ def apply_view(images: Tensor, config: ViewConfig, draw: ViewDraw, size: int) ->
 def _crop(images: Tensor, draw: ViewDraw, size: int) -> Tensor:
     """Crop, antialiased bilinear resize and flip: rows · image · columns."""
     count, side = images.shape[:2]
-    rows = _resize_matrix(draw.boxes[:, 0], draw.boxes[:, 2], side, size)
-    columns = _resize_matrix(draw.boxes[:, 1], draw.boxes[:, 3], side, size)
-    columns = torch.where(draw.flip[:, None, None], columns.flip(1), columns)
-    rows, columns = (m.to(images.device, non_blocking=True) for m in (rows / 255, columns))
-    tall = torch.bmm(rows, images.reshape(count, side, side * 3).float())
+    boxes, flip = send(draw.boxes.float(), images.device), send(draw.flip, images.device)
+    rows = _resize_matrix(boxes[:, 0], boxes[:, 2], side, size)
+    columns = _resize_matrix(boxes[:, 1], boxes[:, 3], side, size)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    tall = torch.bmm(rows / 255, images.reshape(count, side, side * 3).float())
     tall = tall.view(count, size, side, 3).permute(0, 3, 1, 2).reshape(count, 3 * size, side)
     return torch.bmm(tall, columns.transpose(1, 2)).view(count, 3, size, size).clamp_(0.0, 1.0)
 
 
 def _resize_matrix(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """float32 [B, size, side]: row i holds the weights of output pixel i.
+    """float32 [B, size, side]: row i holds the weights of output pixel i; from float32 [B].
 
     A triangle around the output pixel's centre in the source, as wide as the scale where that
     shrinks (antialiasing), cut off at the crop's edge, summing to 1.
     """
-    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    start, length = start[:, None, None], length[:, None, None]
     scale = length / size
-    centre = start + (torch.arange(size)[None, :, None] + 0.5) * scale
-    pixel = torch.arange(side)[None, None, :] + 0.5
+    centre = start + (torch.arange(size, device=start.device)[None, :, None] + 0.5) * scale
+    pixel = torch.arange(side, device=start.device)[None, None, :] + 0.5
     weights = (1.0 - (pixel - centre).abs() / scale.clamp(min=1.0)).clamp_(min=0.0)
     # Pixels that the crop has a part of: of a squashed picture, it may begin within one.
     weights *= (pixel + 0.5 > start) & (pixel - 0.5 < start + length)
@@ -246,7 +256,7 @@ def _jitter(views: Tensor, draw: ViewDraw) -> None:
         kind = draw.order[:, place]
         _colour_matrices(views, kind, factors)
         turned = kind == _HUE
-        turns = factors[turned, _HUE].to(views.device, non_blocking=True)
+        turns = send(factors[turned, _HUE], views.device)
         if turns.numel() and bool((factors[:, _HUE] != 0).any()):
             _on(views, turned, partial(_turn_hue, turns=turns))
 
@@ -265,7 +275,7 @@ def _colour_matrices(views: Tensor, kind: Tensor, factors: Tensor) -> None:
     rest = (1 - own)[:, None, None] * grey.expand(3, 3)
     matrix = own[:, None, None] * torch.eye(3) + rest * (kind == _SATURATION)[:, None, None]
     offset = rest * (kind == _CONTRAST)[:, None, None]
-    matrix, offset = (m.to(views.device, non_blocking=True) for m in (matrix, offset))
+    matrix, offset = send(torch.stack([matrix, offset]), views.device).unbind()
     flat = views.flatten(2)
     offset = torch.bmm(offset, flat.mean(dim=2, keepdim=True))
     views.copy_(torch.baddbmm(offset, matrix, flat).clamp_(0.0, 1.0).view_as(views))
@@ -284,7 +294,7 @@ def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue = torch.where(value == red, (green - blue) / safe, (red - green) / safe + 4.0)
     hue = torch.where((value == green) & (value != red), (blue - red) / safe + 2.0, hue)
     hue = hue + 6.0 * turns[:, None, None]
-    shift = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
+    shift = _constant((5.0, 3.0, 1.0), images.device).view(3, 1, 1)
     k = torch.remainder(hue[:, None] + shift, 6.0)
     part = torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)
     return value[:, None] - chroma[:, None] * part
@@ -295,15 +305,15 @@ def _solarise(images: Tensor) -> Tensor:
 
 
 def _to_grey(images: Tensor) -> Tensor:
-    weights = torch.tensor(_GREY, device=images.device).view(3, 1, 1)
+    weights = _constant(_GREY, images.device).view(3, 1, 1)
     return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
 
 
 def _blur(views: Tensor, draw: ViewDraw, config: ViewConfig, size: int) -> None:
     """Gaussian blur in place: the same banded matrix on rows and columns, mirrored at the edges."""
     reach = max(1, int(config.blur_kernel * size) // 2)
-    matrices = _blur_matrix(draw.sigma[draw.blur].float(), min(reach, size - 1), size)
-    matrices = matrices.to(views.device, non_blocking=True)
+    sigma = send(draw.sigma[draw.blur].float(), views.device)
+    matrices = _blur_matrix(sigma, min(reach, size - 1), size)
 
     def blur(some: Tensor) -> Tensor:
         across = some.reshape(len(some), 3 * size, size) @ matrices.transpose(1, 2)
@@ -314,13 +324,17 @@ def _blur(views: Tensor, draw: ViewDraw, config: ViewConfig, size: int) -> None:
 
 def _blur_matrix(sigma: Tensor, reach: int, size: int) -> Tensor:
     """float32 [B, size, size]: row i holds a Gaussian of 2·reach + 1 taps around pixel i."""
-    taps = torch.arange(-reach, reach + 1)
+    device = sigma.device
+    taps = torch.arange(-reach, reach + 1, device=device)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    source = torch.arange(size)[:, None] + taps  # [size, taps], mirrored without the edge pixel:
+    source = (
+        torch.arange(size, device=device)[:, None] + taps
+    )  # [size, taps], mirrored without the edge pixel:
     source = source.abs()
     source = torch.where(source >= size, 2 * (size - 1) - source, source)
-    spread = torch.zeros(size, len(taps), size).scatter_(2, source[:, :, None], 1.0)
+    spread = torch.zeros(size, len(taps), size, device=device)
+    spread.scatter_(2, source[:, :, None], 1.0)
     return torch.einsum("bt,its->bis", kernel, spread)
 
 
@@ -329,5 +343,5 @@ def _on(views: Tensor, which: Tensor, change: Callable[[Tensor], Tensor]) -> Non
     if bool(which.all()):
         views.copy_(change(views))
     elif bool(which.any()):
-        index = which.nonzero()[:, 0].to(views.device, non_blocking=True)
+        index = send(which.nonzero()[:, 0], views.device)
         views[index] = change(views[index])

@@ -20,7 +20,7 @@ ENCODERS = (
 Stem = Literal["imagenet", "small"]
 OptimizerName = Literal["lars", "sgd", "adamw"]
 Precision = Literal["auto", "fp32", "bf16"]
-Compile = Literal["auto", "on", "off"]
+Compile = Literal["auto", "on", "off", "graphs"]
 TargetNorm = Literal["own", "average"]
 
 
@@ -155,8 +155,9 @@ class TrainConfig:
     """Start the last batch norm of each residual block at zero, so that blocks start as identities
     (Goyal et al. 2017, arXiv 1706.02677, section 5.1). ResNets only."""
     start_from: str = ""
-    """Weights that the encoder starts from, see `weights.py`: a run directory, a file of
-    torchvision's or timm's weights, or `timm` for those that timm downloads. Empty: fresh ones."""
+    """Weights that the encoder starts from, see `weights.py`: a run directory, a bundle exported
+    with its weights, a file of torchvision's or timm's, or `timm` for those that timm downloads.
+    Empty: fresh ones."""
     image_size: int = 224
     """Side of the views in pixels (section 3.3)."""
     batch_size: int = 256
@@ -199,7 +200,9 @@ class TrainConfig:
     precision: Precision = "auto"
     """auto: bf16 autocast where the hardware is faster in it, else fp32; a run records which."""
     compile: Compile = "auto"
-    """torch.compile for the networks: auto uses it on CUDA, and goes on without where it fails."""
+    """torch.compile for the networks: auto uses it on CUDA, and goes on without where it fails;
+    graphs also replays them as CUDA graphs, for steps so short that starting kernels takes longer.
+    """
     log_every: int = 20
     """Steps between readings of the loss: reading it waits for the device."""
     tensorboard: bool = False

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from byol_serving import images as decoding
 from byol_serving.errors import ByolError, InvalidSource
 from byol_training import cache as caches
-from byol_training.sources import SUFFIXES, Listing, Read, Rejected, list_source, read_source
+from byol_training.sources import SUFFIXES, Listing, Read, Rejected, list_source, read_source, stamp
 
 __all__ = ["Images", "Rejected", "images_from_arrays", "list_images", "load_images", "read_images"]
 
@@ -269,7 +269,7 @@ def _key(
 ) -> str:
     """The same for the same files, unchanged, decoded the same way."""
     chosen = "" if only is None else "\n".join(sorted(only))
-    text = f"1\0{listing.stamp}\0{how}\0{resize}\0{chosen}"
+    text = f"1\0{stamp(listing)}\0{how}\0{resize}\0{chosen}"
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
 
 

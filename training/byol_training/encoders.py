@@ -136,7 +136,7 @@ def _convnext(net: nn.Module, dim: int) -> Encoder:
 
     `features` holds the stem, then stages of blocks with a downsampling layer before each but one.
     """
-    parts = list(net.features.children())  # type: ignore[union-attr]
+    parts = list(net.features.children())  # type: ignore[union-attr]  # a module
     pairs = {f"stage{i}": parts[2 * i - 2 : 2 * i] for i in (1, 2, 3, 4)}
     return Encoder({name: nn.Sequential(*pair) for name, pair in pairs.items()}, dim)
 

@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 from torch import nn
 
 from byol_serving.bundle import (
@@ -69,6 +70,7 @@ def export_bundle(
     labelled: Labelled | None = None,
     features: Sequence[str] = (),
     whitening: Whitening | None = None,
+    keep_weights: bool = False,
     overwrite: bool = False,
 ) -> Bundle:
     """Exports, checks and writes a bundle.
@@ -90,6 +92,8 @@ def export_bundle(
         labelled: measures the change of kNN accuracy too, where the precision is not fp32.
         features: stages of the encoder whose dense feature maps the bundle offers too.
         whitening: of the encoder's outputs, becomes the graph's last layer before normalisation.
+        keep_weights: put the encoder's float32 weights beside the graph, for training to start
+            from: the graph's are folded and cannot be taken back.
         overwrite: replace a bundle at `path`.
 
     Raises:
@@ -102,21 +106,8 @@ def export_bundle(
     served = ServedEncoder(plain, mean, std, whitening).eval()
     wanted = served.embed(samples)
     maps = feature_facts(served, samples[:1], features)
-    model = _to_onnx(served, samples[:2], features)
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-    }
-    match precision:
-        case "fp32":
-            pass
-        case "fp16":
-            model = _to_onnx(_half(served), samples[:2], features)
-        case "int8":
-            quantized = quantize(model, samples, wanted)
-            model = quantized.model
-            versions["calibration"] = quantized.method
+    weights = _serialised(plain) if keep_weights else None
+    model, versions = _convert(served, precision, samples, wanted, features)
     info = BundleInfo(
         name=name,
         encoder_id="",
@@ -130,15 +121,12 @@ def export_bundle(
         versions=versions,
     )
     with _draft(model, info, samples, wanted) as draft:
-        encode = partial(_embed, draft)
-        measured = {"parity_max_cosine_distance": _parity(encode, precision, samples, wanted)}
-        if features:
-            measured |= features_parity(draft, served, samples[:GOLDEN_PAIRS])
-        if precision != "fp32":
-            measured |= precision_cost(encode, served, samples, wanted, labelled)
+        measured = _measure(draft, served, samples, wanted, labelled)
     info = replace(info, scores={**(scores or {}), **measured})
     golden = slice(0, GOLDEN_PAIRS)
-    return write_bundle(path, model, info, samples[golden], wanted[golden], overwrite=overwrite)
+    return write_bundle(
+        path, model, info, samples[golden], wanted[golden], weights=weights, overwrite=overwrite
+    )
 
 
 def export_run(
@@ -152,6 +140,7 @@ def export_run(
     measure_on: Path | None = None,
     features: Sequence[str] = (),
     whiten_on: Path | None = None,
+    keep_weights: bool = False,
     overwrite: bool = False,
 ) -> Bundle:
     """Exports the online encoder of a run directory; raises as `export_bundle` does.
@@ -167,6 +156,7 @@ def export_run(
             kNN accuracy.
         features: see `export_bundle`.
         whiten_on: images, best those of the run, to fit a whitening of the embedding on.
+        keep_weights: see `export_bundle`.
         overwrite: replace a bundle at `path`.
 
     Raises:
@@ -201,8 +191,55 @@ def export_run(
         labelled=None if measure_on is None else load_labelled(measure_on, preprocess),
         features=features,
         whitening=whitening,
+        keep_weights=keep_weights,
         overwrite=overwrite,
     )
+
+
+def _convert(
+    served: ServedEncoder,
+    precision: Precision,
+    samples: Pixels,
+    wanted: NDArray[np.float32],
+    features: Sequence[str],
+) -> tuple[bytes, dict[str, str]]:
+    """The graph in a precision, and the versions of what made it."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+    }
+    match precision:
+        case "fp32":
+            return _to_onnx(served, samples[:2], features), versions
+        case "fp16":
+            return _to_onnx(_half(served), samples[:2], features), versions
+        case "int8":
+            quantized = quantize(_to_onnx(served, samples[:2], features), samples, wanted)
+            return quantized.model, versions | {"calibration": quantized.method}
+
+
+def _measure(
+    draft: Encoder,
+    served: ServedEncoder,
+    samples: Pixels,
+    wanted: NDArray[np.float32],
+    labelled: Labelled | None,
+) -> dict[str, float]:
+    """How far the graph is from PyTorch, and what its precision costs."""
+    info, encode = draft.bundle.info, partial(_embed, draft)
+    measured = {"parity_max_cosine_distance": _parity(encode, info.precision, samples, wanted)}
+    if info.features:
+        measured |= features_parity(draft, served, samples[:GOLDEN_PAIRS])
+    if info.precision != "fp32":
+        measured |= precision_cost(encode, served, samples, wanted, labelled)
+    return measured
+
+
+def _serialised(encoder: nn.Module) -> bytes:
+    """The weights as safetensors; cloned, since it refuses tensors that share memory."""
+    data: bytes = save({name: value.clone() for name, value in encoder.state_dict().items()})
+    return data
 
 
 def _to_onnx(served: ServedEncoder, example: Pixels, features: Sequence[str]) -> bytes:
@@ -261,7 +298,7 @@ def _embed(encoder: Encoder, pixels: Pixels) -> NDArray[np.float32]:
 
 def _parity(
     encode: Callable[[Pixels], NDArray[np.float32]],
-    precision: Precision,
+    precision: str,
     samples: Pixels,
     wanted: NDArray[np.float32],
 ) -> float:

@@ -69,7 +69,7 @@ def features_parity(encoder: Encoder, served: ServedEncoder, samples: Pixels) ->
 def _maps(served: ServedEncoder, pixels: Pixels) -> dict[str, Tensor]:
     with torch.inference_mode():
         planes = served.planes(torch.from_numpy(np.ascontiguousarray(pixels)))
-        maps: dict[str, Tensor] = served.encoder.feature_maps(planes)  # type: ignore[operator]
+        maps: dict[str, Tensor] = served.encoder.feature_maps(planes)  # type: ignore[operator]  # see served
     return maps
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from byol_training.augment import apply_views, draw_views
 from byol_training.config import TrainConfig
 from byol_training.data import Images
+from byol_training.machine import send
 from byol_training.parallel import World
 
 _DEVICE_SHARE = 0.4  # of free GPU memory that the images may take; the step needs the rest
@@ -18,7 +19,7 @@ class Feed:
     """Shuffles, batches and augments.
 
     The images lie on the device where they fit there. Where they do not, and where they lie on
-    disk, the next batch is read, and sent, while the step works on this one.
+    disk, the next batch is read, and sent by a stream of its own, while the step works on this one.
 
     Args:
         images: all of them.
@@ -44,10 +45,15 @@ class Feed:
         self._world = world or World()
         self._pixels = torch.from_numpy(images.pixels)
         self._shapes = None if images.shapes is None else torch.from_numpy(images.shapes)
-        if device.type == "cuda" and self._fits_on_device():
+        on_gpu = device.type == "cuda"
+        held = on_gpu and self._fits_on_device()
+        if held:
             self._pixels = self._pixels.to(device)
-        ahead = images.on_disk or (device.type == "cuda" and self._pixels.device.type == "cpu")
+        ahead = not held and (on_gpu or images.on_disk)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed") if ahead else None
+        self._stream: torch.cuda.Stream | None = None
+        if ahead and on_gpu:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
         self._next: tuple[tuple[int, int], Future[Tensor]] | None = None
         self._generator = torch.Generator()
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
@@ -98,6 +104,10 @@ class Feed:
             rows = self._next[1].result()
         else:
             rows = self._read(self._index(step)[self._part(micro)])
+        if self._stream is not None:
+            working = torch.cuda.current_stream(self.device)
+            working.wait_stream(self._stream)
+            rows.record_stream(working)  # it was allocated for the other one
         last = micro + 1 == self.config.accumulate
         step, micro = (step + 1, 0) if last else (step, micro + 1)
         index = self._index(step)[self._part(micro)]
@@ -106,11 +116,9 @@ class Feed:
 
     def _read(self, index: Tensor) -> Tensor:
         if self._pixels.device.type != "cpu":
-            return self._pixels[index.to(self.device, non_blocking=True)]
-        rows = self._pixels[index]
-        if self.device.type == "cuda":
-            rows = rows.pin_memory()
-        return rows.to(self.device, non_blocking=True)
+            return self._pixels[send(index, self.device)]
+        with torch.cuda.stream(self._stream):  # no effect where there is none
+            return send(self._pixels[index], self.device)
 
     def _fits_on_device(self) -> bool:
         free, _total = torch.cuda.mem_get_info(self.device)

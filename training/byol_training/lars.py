@@ -100,7 +100,7 @@ class Lars(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # gives no loss
         """One step from the gradients in `.grad`, which it alters; tensors without one stay."""
         if closure is not None:
             raise NotImplementedError("Lars takes no closure: call backward before step")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from byol_serving.errors import InvalidConfig
 from byol_training.config import Compile, Precision
@@ -47,10 +47,22 @@ def choose_machine(device: str, precision: Precision) -> Machine:
         if name == "cuda":  # this process's own, of several
             chosen = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=chosen)
+        if chosen.type == "cuda":  # all batches have one shape: the fastest convolutions are sought
+            torch.backends.cudnn.benchmark = True
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidConfig(f"device {device!r} cannot be used ({reason}); try auto") from error
     return Machine(device=chosen, bf16=precision == "bf16" or _fast_bf16(chosen, precision))
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """`values`, of the CPU, on the device; the host goes on at once.
+
+    From memory that is not pinned a copy may wait for all that the device was given before it.
+    """
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def use_processors(processes: int) -> int:
@@ -80,11 +92,36 @@ def compile_networks(model: nn.Module, wanted: Compile, machine: Machine) -> Non
     """torch.compile for `model`, in place; what cannot be compiled goes on without.
 
     On processors `auto` leaves it out: measured, see docs/training.md.
+
+    Raises:
+        InvalidConfig: graphs, on a processor.
     """
-    if wanted == "off" or (wanted == "auto" and machine.device.type != "cuda"):
+    mode = compile_mode(wanted, machine.device.type)
+    if mode is None:
         return
     torch._dynamo.config.suppress_errors = True  # falls back, with a line in the log
-    model.compile()
+    model.compile(mode=mode)
+
+
+def compile_mode(wanted: Compile, device: str) -> str | None:
+    """torch.compile's mode for a type of device; None: not to compile.
+
+    reduce-overhead is torch's way to CUDA graphs of both passes: it copies the views into place,
+    captures, replays, and leaves out what cannot be captured, with the reason in its log.
+    """
+    match wanted, device:
+        case ("off", _):
+            return None
+        case ("auto", _):
+            return "default" if device == "cuda" else None
+        case ("on", _):
+            return "default"
+        case ("graphs", "cuda"):
+            return "reduce-overhead"
+        case _:
+            raise InvalidConfig(
+                f"compile graphs needs a CUDA device, and this is {device}; set it to auto"
+            )
 
 
 def _fast_bf16(device: torch.device, precision: Precision) -> bool:

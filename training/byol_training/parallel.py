@@ -118,6 +118,7 @@ def synchronise_batch_norm(model: nn.Module, world: World, device: torch.device)
     if world.size == 1:
         return model
     if device.type == "cuda":
+        # torch leaves it untyped.
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(  # type: ignore[no-untyped-call]
             model
         )

@@ -6,7 +6,7 @@ could not be read), samples.npy (images for export to check itself on) and check
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,33 +71,20 @@ def pretrain(
     """
     world = parallel.current()
     goes_on = resume and bool(list_checkpoints(run_dir / "checkpoints"))
-    machine = choose_machine(config.device, _precision(config, run_dir if goes_on else None))
-    machine = replace(machine, bf16=world.decide(machine.bf16))
+    machine = _machine(config, run_dir if goes_on else None, world)
     config = replace(config, precision="bf16" if machine.bf16 else "fp32")
-    batch_size = _batch_size(images, config)
-    parallel.check_parts(world, batch_size, config.accumulate)
-    _refuse_identical(images)
-    torch.manual_seed(config.seed)
+    feed = Feed(images, config, _batch_size(images, config, world), machine.device, world)
     # A run that goes on has its own weights: those it started from may be gone.
-    model = build_model(replace(config, start_from="") if goes_on else config)
-    model.to(machine.device).train()
-    model.to(memory_format=torch.channels_last)  # convolutions are fastest so, in bf16 above all
-    parallel.synchronise_batch_norm(model, world, machine.device)
-    optimizer = build_optimizer(
-        model.trained_parameters(), config.optimizer, predictor=model.predictor.parameters()
-    )
-    guard = SpikeGuard(model.trained_parameters(), config.optimizer.spike_factor)
-    feed = Feed(images, config, batch_size, machine.device, world)
+    trained = _set_up(replace(config, start_from="") if goes_on else config, machine, world)
+    model, optimizer, guard = trained.model, trained.optimizer, trained.guard
     run = RunDirectory(run_dir, images, config, model, optimizer, guard, world, resume=resume)
     meter = Meter(config, feed, guard, world, done=run.step, steps=run.steps, seconds=run.seconds)
-    compile_networks(model, config.compile, machine)
-    network = world.wrap(model, machine.device)
     save_every = config.checkpoint_every_epochs * feed.steps_per_epoch
 
     step, saved, stopped = run.step, run.step, False
     while step < meter.steps and not stopped:
         lr = _set_learning_rate(optimizer, config, step, meter.steps, feed)
-        loss, projections = gradients(network, feed, step, config.accumulate, machine)
+        loss, projections = gradients(trained.network, feed, step, config.accumulate, machine)
         guard.apply()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -121,6 +108,34 @@ def pretrain(
     return model
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """What a step changes."""
+
+    model: Byol
+    network: nn.Module
+    """The model as it is called: among several processes its backward pass averages gradients."""
+    optimizer: Optimizer
+    guard: SpikeGuard
+
+
+def _set_up(config: TrainConfig, machine: Machine, world: parallel.World) -> _Trained:
+    """The networks on their machine, and what moves them."""
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(machine.device).train()
+    model.to(memory_format=torch.channels_last)  # convolutions are fastest so, in bf16 above all
+    parallel.synchronise_batch_norm(model, world, machine.device)
+    compile_networks(model, config.compile, machine)
+    return _Trained(
+        model=model,
+        network=world.wrap(model, machine.device),
+        optimizer=build_optimizer(
+            model.trained_parameters(), config.optimizer, predictor=model.predictor.parameters()
+        ),
+        guard=SpikeGuard(model.trained_parameters(), config.optimizer.spike_factor),
+    )
+
+
 def build_model(config: TrainConfig) -> Byol:
     """Online and target networks with fresh weights, drawn from torch's global generator."""
     encoder = build_encoder(config.encoder, config.stem, image_size=config.image_size)
@@ -131,6 +146,12 @@ def build_model(config: TrainConfig) -> Byol:
     return Byol(
         encoder, config.head, symmetrised=config.symmetrised, target_norm=config.target_norm
     )
+
+
+def _machine(config: TrainConfig, goes_on: Path | None, world: parallel.World) -> Machine:
+    """This process's device, and the precision that the leading one chose."""
+    machine = choose_machine(config.device, _precision(config, goes_on))
+    return replace(machine, bf16=world.decide(machine.bf16))
 
 
 def _precision(config: TrainConfig, goes_on: Path | None) -> Precision:
@@ -198,14 +219,22 @@ def _read(
         raise
 
 
-def _batch_size(images: Images, config: TrainConfig) -> int:
-    """The configured size, or all images where there are a few less than that."""
+def _batch_size(images: Images, config: TrainConfig, world: parallel.World) -> int:
+    """The configured size, or all images where there are a few less than that.
+
+    Raises:
+        InvalidSource: too few images, or none that differ.
+        InvalidConfig: no batch that the processes could share.
+    """
     if len(images) < max(2, config.batch_size / 2):
         raise InvalidSource(
             f"{len(images)} images are too few for batches of {config.batch_size};"
             f" give at least {config.batch_size}, or set batch_size to {len(images) // 2} or less"
         )
-    return min(config.batch_size, len(images) - len(images) % config.accumulate)
+    size = min(config.batch_size, len(images) - len(images) % config.accumulate)
+    parallel.check_parts(world, size, config.accumulate)
+    _refuse_identical(images)
+    return size
 
 
 def _refuse_identical(images: Images) -> None:

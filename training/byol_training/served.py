@@ -79,6 +79,7 @@ class ServedFeatures(nn.Module):
 
         The encoder runs twice here and once in the exported graph, which shares what is equal.
         """
+        # An `Encoder` wherever stages are named; nn.Module does not know.
         maps = self.served.encoder.feature_maps(self.served.planes(images))  # type: ignore[operator]
         return (self.served(images), *(maps[name].to(torch.float32) for name in self.stages))
 

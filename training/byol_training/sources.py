@@ -46,8 +46,6 @@ class Listing:
     """Of the candidates, in the order they are read in, unique; with / between parts."""
     broken: list[Rejected] = field(default_factory=list)
     """Archives that end early."""
-    stamp: str = ""
-    """Hex digest over names, sizes and times of change: another as soon as something changed."""
 
 
 def list_source(source: Path) -> Listing:
@@ -63,25 +61,44 @@ def list_source(source: Path) -> Listing:
     """
     kind, files = _recognise(source)
     listing = Listing(kind=kind, files=files)
-    digest = hashlib.sha256(kind.encode())
     match kind:
         case "folder":
-            for name, about in _scan(source):
-                listing.names.append(name)
-                digest.update(_stamp(name, about))
+            listing.names = _scan(source)
         case "list":
             listing.names = _listed(source)
-            for name in listing.names:
-                path = source.parent / name  # one that is missing is rejected when it is read
-                digest.update(_stamp(name, path.stat() if path.exists() else None))
         case "tar" | "parquet":
             members = _tar_members if kind == "tar" else _table_rows
             taken: set[str] = set()
             for file in files:
                 listing.names += _unique(members(file, listing.broken), file, taken)
-                digest.update(_stamp(file.name, file.stat()))
-    listing.stamp = digest.hexdigest()
     return listing
+
+
+def stamp(listing: Listing) -> str:
+    """Hex digest over names, sizes and times of change: another as soon as something changed.
+
+    Apart from listing: of a million files it takes several times as long, and few need it.
+    """
+    digest = hashlib.sha256(listing.kind.encode())
+    for name, path in _stamped(listing):
+        try:
+            about = os.stat(path)  # noqa: PTH116 - no Path: called a million times
+            facts = f"{about.st_size}\0{about.st_mtime_ns}"
+        except OSError:  # one that is missing is rejected when it is read
+            facts = ""
+        digest.update(f"{name}\0{facts}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _stamped(listing: Listing) -> Iterator[tuple[str, str]]:
+    """Names and paths of the files that lie on disk."""
+    match listing.kind:
+        case "folder" | "list":
+            first = listing.files[0]
+            root = first if listing.kind == "folder" else first.parent
+            return ((name, os.path.join(root, name)) for name in listing.names)  # noqa: PTH118 - likewise
+        case "tar" | "parquet":
+            return ((file.name, str(file)) for file in listing.files)
 
 
 def read_source(listing: Listing) -> Iterator[tuple[int, Read]]:
@@ -141,9 +158,9 @@ def _recognise_folder(folder: Path) -> tuple[Kind, list[Path]]:
     return "folder", [folder]
 
 
-def _scan(folder: Path) -> list[tuple[str, os.stat_result]]:
-    """Relative names of candidate files, sorted; about a million in some seconds (os.scandir)."""
-    found: list[tuple[str, os.stat_result]] = []
+def _scan(folder: Path) -> list[str]:
+    """Relative names of candidate files, sorted; a million in seconds (benchmarks/listing.py)."""
+    found: list[str] = []
     pending, seen = [""], {os.path.realpath(folder)}
     while pending:
         inside = pending.pop()
@@ -154,13 +171,13 @@ def _scan(folder: Path) -> list[tuple[str, os.stat_result]]:
                     continue
                 if not entry.is_dir():
                     if _is_candidate(name):
-                        found.append((name, entry.stat(follow_symlinks=False)))
+                        found.append(name)
                 elif not entry.is_symlink():
                     pending.append(name + "/")
                 elif (real := os.path.realpath(entry.path)) not in seen:  # links may loop
                     seen.add(real)
                     pending.append(name + "/")
-    return sorted(found, key=lambda each: each[0])
+    return sorted(found)
 
 
 @contextmanager
@@ -175,12 +192,7 @@ def _listed_folder(folder: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
 
 
 def _is_candidate(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - called a million times
-
-
-def _stamp(name: str, about: os.stat_result | None) -> bytes:
-    facts = f"{about.st_size}\0{about.st_mtime_ns}" if about is not None else ""
-    return f"{name}\0{facts}\n".encode(errors="surrogateescape")
+    return name[name.rfind(".") :].lower() in SUFFIXES  # no Path: called a million times
 
 
 def _listed(file: Path) -> list[str]:

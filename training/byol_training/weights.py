@@ -1,4 +1,4 @@
-"""Starting an encoder from weights that exist: of an earlier run, of torchvision or of timm.
+"""Starting an encoder from weights that exist: of an earlier run or bundle, torchvision or timm.
 
 Continued pretraining wants smaller steps than a fresh start does: recipe `continue`.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byol_serving.bundle import INFO_FILE, load_bundle
 from byol_serving.errors import InvalidConfig, InvalidSource
 from byol_training.checkpoint import encoder_state, find_checkpoint, load_checkpoint
 from byol_training.encoders import Encoder, TimmEncoder
@@ -25,21 +26,24 @@ def start_from(encoder: Encoder, where: str, *, name: str, image_size: int) -> N
 
     Args:
         encoder: as `build_encoder` gives it.
-        where: a run directory or checkpoint of `byol train` (the online encoder is taken); a file
-            of weights, .pth or .safetensors, named as torchvision or timm name them; or `timm`, for
-            the weights that timm downloads for this network. Classifiers are passed over, and so is
-            a stem of another shape.
+        where: a run directory or checkpoint of `byol train` (the online encoder is taken); a bundle
+            that was exported with its weights; a file of weights, .pth or .safetensors, named as
+            torchvision or timm name them; or `timm`, for the weights that timm downloads for this
+            network. Classifiers are passed over, and so is a stem of another shape.
         name: of the encoder, for messages.
         image_size: side of its images.
 
     Raises:
-        InvalidSource: the file cannot be read, or is of another encoder.
+        InvalidSource: the file cannot be read, or is of another encoder; a bundle without weights.
+        InvalidBundle: a damaged bundle.
         InvalidConfig: `timm` with an encoder that is none of timm's.
     """
     if where == "timm":
         state = _downloaded(name, image_size)
     elif Path(where).suffix in (".safetensors", ".pth", ".pt"):
         state = {_renamed(key, encoder): value for key, value in _read(Path(where)).items()}
+    elif (Path(where) / INFO_FILE).exists():
+        state = _of_bundle(Path(where))
     else:
         state = encoder_state(load_checkpoint(find_checkpoint(Path(where))))
     own = encoder.state_dict()
@@ -61,6 +65,16 @@ def _downloaded(name: str, image_size: int) -> State:
         )
     trunk, _ = build_trunk(name.removeprefix("timm:"), image_size=image_size, pretrained=True)
     return {f"stages.trunk.{key}": value for key, value in trunk.state_dict().items()}
+
+
+def _of_bundle(path: Path) -> State:
+    weights = load_bundle(path).weights_path
+    if weights is None:
+        raise InvalidSource(
+            f"{path} is a bundle without the weights that training starts from; export it again"
+            " with --with-weights, or give the run that it was exported from"
+        )
+    return _read(weights)
 
 
 def _read(path: Path) -> State:
