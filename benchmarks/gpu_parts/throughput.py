@@ -55,8 +55,9 @@ def lightly_at_32(asked: Asked) -> list[Row]:
     batch = 16 if asked.quick else 256
     config = dataclasses.replace(load_recipe("cifar").config, batch_size=batch)
     pixels = _pixels(2 * batch, 32)
-    np.save(asked.scratch / "pixels.npy", pixels[:batch])
-    setup: dict[str, Any] = {"pixels": str(asked.scratch / "pixels.npy"), "hidden": 4096, "out": 256}
+    file = asked.scratch / "pixels.npy"
+    np.save(file, pixels[:batch])
+    setup: dict[str, Any] = {"pixels": str(file), "hidden": 4096, "out": 256}
     steps = 1 if asked.quick else 10
     machine = choose_machine(asked.device, "bf16")
     with ExitStack() as stack:
