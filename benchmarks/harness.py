@@ -17,6 +17,8 @@ from typing import Any, Self
 HERE = Path(__file__).parent
 PEER_PYTHON = Path(os.environ.get("PEER_PYTHON", HERE.parent / ".venv-peers" / "bin" / "python"))
 """The peers' environment; the variable of the same name chooses another."""
+CLIP_PYTHON = Path(os.environ.get("CLIP_PYTHON", HERE.parent / ".venv-clip" / "bin" / "python"))
+"""That of clip-retrieval, whose requirements exclude other peers'."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,11 @@ class Peer:
     It reads one JSON object a line and answers with one; benchmarks/peers/ holds the scripts.
     """
 
-    def __init__(self, script: str, **setup: Any) -> None:
-        if not PEER_PYTHON.exists():
+    def __init__(self, script: str, *, python: Path = PEER_PYTHON, **setup: Any) -> None:
+        if not python.exists():
             raise SystemExit("peers are not installed: run make bench-peers, or give --no-peers")
         self._process = subprocess.Popen(
-            [str(PEER_PYTHON), str(HERE / "peers" / script)],
+            [str(python), str(HERE / "peers" / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

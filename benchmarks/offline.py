@@ -5,7 +5,7 @@ with untrained weights. `decode` reads and decodes and nothing else, in as many 
 `processes` does that in as many processes. `encode` embeds pixels that are there already. On a CPU
 both want the same cores, so that the bound of any pipeline is 1 / (1 / decode + 1 / encode); on a
 GPU it is the lower of the two. `ours` is the whole run, journal and Parquet files included; `ray`
-the same on a local Ray cluster.
+the same on a local Ray cluster, `clip-retrieval` that project's pipeline around the same ONNX file.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from byol_serving.bundle import Bundle
+from byol_serving.bundle import MODEL_FILE, Bundle
 from byol_serving.encoder import Encoder
 from byol_serving.images import ImageLimits, Pixels, Preprocess
 from byol_serving.indexing.pipeline import ahead, run
@@ -37,8 +37,9 @@ from byol_training.config import AugmentConfig
 from byol_training.data import list_images, load_images
 from byol_training.encoders import build_encoder
 from byol_training.export import export_bundle
-from harness import Options, Rate, interleaved, options, report
+from harness import CLIP_PYTHON, Options, Peer, Rate, interleaved, options, report
 
+CLIP = "clip-retrieval"
 THREADS = EmbedPlan(source="", out=Path()).threads
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -73,11 +74,14 @@ def main() -> None:
         for case in cases:
             if not case.images.exists():
                 raise SystemExit(f"{case.images} is not there; see benchmarks/README.md")
-            found = measure(case, Path(scratch) / case.name, chosen, processes, on_ray=on_ray)
+            scratch_of = Path(scratch) / case.name
+            found = measure(case, scratch_of, chosen, processes, stack, on_ray=on_ray)
             ours, bound = found["ours"].median, found["bound"].median
             ratios[f"vs_bound_{case.name}"] = ours / bound
             if on_ray:
                 ratios[f"ray_vs_local_{case.name}"] = found["ray"].median / ours
+            if CLIP in found:
+                ratios[f"vs_{CLIP}_{case.name}"] = ours / found[CLIP].median
             results |= {f"{case.name} {name}": rate for name, rate in found.items()}
     facts = {case.name: f"{case.count} images, ResNet-18 at {case.size}" for case in cases}
     packages = ["onnxruntime", "pyarrow", *(["ray"] if on_ray else [])]
@@ -85,7 +89,13 @@ def main() -> None:
 
 
 def measure(
-    case: Case, scratch: Path, chosen: Options, processes: Executor, *, on_ray: bool
+    case: Case,
+    scratch: Path,
+    chosen: Options,
+    processes: Executor,
+    stack: ExitStack,
+    *,
+    on_ray: bool,
 ) -> dict[str, Rate]:
     """Every candidate's images/s, and the bound, round by round."""
     scratch.mkdir()
@@ -106,6 +116,11 @@ def measure(
         candidates["ray"] = lambda: on_cluster(
             source, bundle, scratch / f"ray-{next(numbers)}", case.count
         )
+    if chosen.peers and CLIP_PYTHON.exists():
+        onnx = str(bundle.path / MODEL_FILE)
+        peer = Peer("clip_retrieval_peer.py", python=CLIP_PYTHON, onnx=onnx, size=case.size)
+        stack.enter_context(peer)
+        candidates[CLIP] = lambda: on_clip_retrieval(peer, source, scratch / "clip", case.count)
     found = interleaved(candidates, unit="images/s", repeats=1 if chosen.quick else 2)
     pairs = zip(found["decode"].values, found["encode"].values, strict=True)
     on_cpu = encoder.provider == "CPUExecutionProvider"
@@ -191,6 +206,12 @@ def on_cluster(source: Path, bundle: Bundle, out: Path, images: int) -> float:
     assert summary.done == images, summary
     shutil.rmtree(out)
     return rate
+
+
+def on_clip_retrieval(peer: Peer, source: Path, out: Path, images: int) -> float:
+    """clip-retrieval with its batch size, and as many loading processes as there are cores."""
+    asked = {"source": str(source), "out": str(out), "batch": 256, "workers": THREADS}
+    return images / float(peer.ask(**asked)["seconds"])
 
 
 @contextmanager

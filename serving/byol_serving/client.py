@@ -13,7 +13,6 @@ is unavailable or overloaded; every call has a deadline that spans all its tries
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +39,7 @@ from byol_serving.client_search import SearchOptions
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
+    Columns,
     Hit,
     IdType,
     IndexKind,
@@ -74,9 +74,6 @@ __all__ = [
     "UpsertCounts",
     "Verification",
 ]
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 class Client(Connection):
@@ -345,6 +342,13 @@ class Client(Connection):
         call = searching.search(
             collection, wanted, images=images, ids=ids, queries=queries, vectors=vectors
         )
+        return self._send(call)
+
+    def search_columns(
+        self, collection: str, vectors: NDArray[np.float32], options: SearchOptions | None = None
+    ) -> Columns:
+        """The neighbours of each row of vectors (float32 [Q, D]), ids and scores as arrays."""
+        call = searching.columns(collection, vectors, options or SearchOptions())
         return self._send(call)
 
     def search_groups(

@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from byol_serving.client_search import SearchOptions
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
+    Columns,
     Hit,
     IdType,
     IndexKind,
@@ -36,9 +36,6 @@ from byol_serving.collections.types import (
     Verification,
 )
 from byol_serving.rpc.filters import Where
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 class AsyncClient(AsyncConnection):
@@ -301,6 +298,13 @@ class AsyncClient(AsyncConnection):
         call = searching.search(
             collection, wanted, images=images, ids=ids, queries=queries, vectors=vectors
         )
+        return await self._send(call)
+
+    async def search_columns(
+        self, collection: str, vectors: NDArray[np.float32], options: SearchOptions | None = None
+    ) -> Columns:
+        """The neighbours of each row of vectors (float32 [Q, D]), ids and scores as arrays."""
+        call = searching.columns(collection, vectors, options or SearchOptions())
         return await self._send(call)
 
     async def search_groups(

@@ -18,11 +18,11 @@ from byol_serving.client_batches import (
 )
 from byol_serving.client_calls import COLLECTIONS, Call, filter_message
 from byol_serving.collections.grouping import HitGroup
-from byol_serving.collections.types import Hit
+from byol_serving.collections.types import Columns, Hit
 from byol_serving.errors import InvalidRequest
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.filters import Where
-from byol_serving.rpc.items import groups_value, hits_value
+from byol_serving.rpc.items import columns_value, groups_value, hits_value
 
 SEARCH_STREAM = COLLECTIONS + "SearchStream"
 _BELOW_ALL = -2.0
@@ -67,7 +67,10 @@ def request_of(
     queries: Iterable[QueryLike] = (),
     vectors: NDArray[np.float32] | None = None,
 ) -> pb.SearchRequest:
-    """A request with queries of any kind, and the rows of `vectors` after them."""
+    """A request with queries of any kind, and the rows of `vectors` after them.
+
+    What needs neither metadata nor vectors is asked for as columns, which are cheaper.
+    """
     if options.k < 1:
         raise InvalidRequest(f"k {options.k} is below 1; ask for at least one neighbour")
     if options.effort is not None and options.effort < 1:
@@ -88,12 +91,22 @@ def request_of(
         with_vectors=options.with_vectors,
         without_metadata=not options.with_metadata,
         effort=options.effort or 0,
+        columns=not options.with_metadata and not options.with_vectors,
     )
 
 
 def answer_of(answer: pb.SearchResponse) -> list[list[Hit]]:
     """The hits of each query."""
+    if answer.HasField("columns"):
+        return columns_value(answer.columns).hits()
     return [hits_value(each) for each in answer.results]
+
+
+def columns_of(answer: pb.SearchResponse) -> Columns:
+    """The hits of all queries as columns."""
+    if answer.HasField("columns"):
+        return columns_value(answer.columns)
+    return Columns.of(answer_of(answer))  # an older server knows no columns
 
 
 def search(
@@ -111,12 +124,19 @@ def search(
     return Call(COLLECTIONS + "Search", request, pb.SearchResponse, answer_of)
 
 
+def columns(name: str, vectors: NDArray[np.float32], options: SearchOptions) -> Call[Columns]:
+    """The neighbours of each row of vectors, as columns."""
+    plain = replace(options, with_metadata=False, with_vectors=False)
+    request = request_of(name, plain, vectors=vectors)
+    return Call(COLLECTIONS + "Search", request, pb.SearchResponse, columns_of)
+
+
 def groups(
     name: str, query: QueryLike, options: SearchOptions, *, by: str, size: int
 ) -> Call[list[HitGroup]]:
     """The best values of a metadata key."""
     request = request_of(name, options, [query])
-    request.group_by, request.group_size = by, size
+    request.group_by, request.group_size, request.columns = by, size, False
 
     def parse(answer: pb.SearchResponse) -> list[HitGroup]:
         return groups_value(answer.results[0])
@@ -132,7 +152,7 @@ def page(name: str, query: QueryLike, options: SearchOptions) -> Call[HitPage]:
 
     def parse(answer: pb.SearchResponse) -> HitPage:
         version = answer.version if answer.HasField("version") else None
-        return HitPage(hits=hits_value(answer.results[0]), version=version)
+        return HitPage(hits=answer_of(answer)[0], version=version)
 
     return Call(COLLECTIONS + "Search", request, pb.SearchResponse, parse)
 

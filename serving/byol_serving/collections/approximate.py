@@ -4,27 +4,24 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss as _faiss
-import numpy as np
 
 from byol_serving.collections import kinds
 from byol_serving.collections.exact import (
+    SEARCHING,
     Bits,
     Found,
     Positions,
-    nearest,
-    nearest_among,
+    marked,
     nothing,
-    pack,
     rescored,
     share_cores,
-    unpack,
 )
 from byol_serving.collections.kinds import ApproximateKind
+from byol_serving.collections.tuning import RECALL_AT, Tuning, tuned
 from byol_serving.collections.types import Vectors
 
 faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
@@ -34,8 +31,6 @@ faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
 _ADD_AT_ONCE_GRAPH, _ADD_AT_ONCE_LISTS = 16, 512
 _SEARCH_AT_ONCE = 256
 _BUILD_AT_ONCE = 4096
-_HELD_BACK = 256
-_RECALL_AT = 10
 
 
 class Stopped(Exception):
@@ -97,20 +92,6 @@ class _Reading:
         self._lock.end_reading()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """What a search costs and finds, as measured when the index was built."""
-
-    effort: int
-    """Lists that a search reads (IVF), or the width of its walk (HNSW)."""
-    effort_of_tenth: int
-    """The same where a filter keeps a tenth of the items: their neighbours lie farther away."""
-    recall: float
-    """Recall@10 on held-back queries: stored vectors, each left out of its own answer."""
-    target: float
-    """What was asked for; `recall` is below it where no effort reaches it."""
-
-
 class Approximate:
     """One FAISS index whose ids are positions 0, 1, 2, … in the order of adding.
 
@@ -123,6 +104,7 @@ class Approximate:
         self.tuning = tuning
         self.lock = ReadersWriter()
         self._index = index
+        self._lists = 0 if kinds.is_graph(kind) else kinds.lists_of(index)
 
     @classmethod
     def build(
@@ -144,8 +126,18 @@ class Approximate:
             if stopping():
                 raise Stopped
             index.add(vectors[start : start + _BUILD_AT_ONCE])
-        built = cls(kind, index, Tuning(effort=1, effort_of_tenth=1, recall=0, target=target))
-        built._tune(vectors, target)
+        built = cls(kind, index, Tuning(target=target))
+
+        def search(
+            queries: Vectors, k: int, alive: Bits | None, effort: int, depth: float
+        ) -> Positions:
+            with SEARCHING:
+                share_cores(len(queries))
+                found = built._search(queries, k, vectors, len(vectors), alive, effort, depth)
+            return found[1]
+
+        efforts, depths = kinds.efforts(kind, index), kinds.depths(kind)
+        built.tuning = tuned(search, vectors, target, efforts=efforts, depths=depths)
         return built
 
     @classmethod
@@ -174,7 +166,7 @@ class Approximate:
     def outgrown(self, count: int) -> bool:
         """Whether it was trained for a collection much smaller than `count`."""
         graph = kinds.is_graph(self.kind)
-        return not graph and kinds.lists_for(count) >= 2 * int(self._index.nlist)
+        return not graph and kinds.lists_for(self.kind, count) >= 2 * self._lists
 
     def add(self, vectors: Vectors, stopping: Callable[[], bool]) -> None:
         """Adds in small steps, so that a search never waits longer than one of them."""
@@ -206,20 +198,23 @@ class Approximate:
             kept: the share of set bits: the smaller, the wider the search.
             effort: instead of the tuned one.
         """
-        share_cores(len(queries))
         if effort is None:
             effort = self.tuning.effort if kept == 1 else self._widened(max(kept, 0.05))
+        # More effort than was tuned is asked for to miss less: then also more near misses compete.
+        depth = self.tuning.depth * math.sqrt(max(1.0, effort / self.tuning.effort))
         covered = min(self.size, len(vectors))
         bits = alive if alive is None or covered == len(vectors) else _first(alive, covered)
-        if len(queries) <= _SEARCH_AT_ONCE:
-            return self._search(queries, k, vectors, covered, bits, effort), covered
-        found = nothing(len(queries), k)
-        for start in range(0, len(queries), _SEARCH_AT_ONCE):
-            some = slice(start, start + _SEARCH_AT_ONCE)
-            found[0][some], found[1][some] = self._search(
-                queries[some], k, vectors, covered, bits, effort
-            )
-        return found, covered
+        with SEARCHING:
+            share_cores(len(queries))
+            if len(queries) <= _SEARCH_AT_ONCE:
+                return self._search(queries, k, vectors, covered, bits, effort, depth), covered
+            found = nothing(len(queries), k)
+            for start in range(0, len(queries), _SEARCH_AT_ONCE):
+                some = slice(start, start + _SEARCH_AT_ONCE)
+                found[0][some], found[1][some] = self._search(
+                    queries[some], k, vectors, covered, bits, effort, depth
+                )
+            return found, covered
 
     def _widened(self, kept: float) -> int:
         """The effort where a mask keeps this share, between and beyond the two that were tuned."""
@@ -235,59 +230,26 @@ class Approximate:
         covered: int,
         bits: Bits | None,
         effort: int,
+        depth: float,
     ) -> Found:
-        count = kinds.candidates(self.kind, k)
+        count = kinds.candidates(self.kind, k, depth)
         if kinds.is_graph(self.kind):
             # Tuned for ten; a walk for more has to be wider.
-            effort = max(effort, count if count <= _RECALL_AT + 1 else 2 * count)
+            effort = max(effort, count if count <= RECALL_AT + 1 else 2 * count)
         else:
-            effort = min(effort, int(self._index.nlist))
+            effort = min(effort, self._lists)
         with self.lock.reading:
-            if bits is None and self.size > covered:  # it grew meanwhile, beyond the caller's view
+            if bits is not None:
+                selector = faiss.IDSelectorBitmap(bits)
+            elif self.size > covered:  # it grew meanwhile, beyond the caller's view
                 selector = faiss.IDSelectorRange(0, covered)
             else:
-                selector = None if bits is None else faiss.IDSelectorBitmap(bits)
+                selector = None
             parameters = kinds.parameters(self.kind, effort, selector)
             scores, positions = self._index.search(queries, count, params=parameters)
         if kinds.is_lossy(self.kind):
             return rescored(queries, vectors, positions, k)
-        scores[positions < 0] = -np.inf
-        return scores, positions
-
-    def _tune(self, vectors: Vectors, target: float) -> None:
-        """Finds the least efforts that reach the target, or the greatest there are."""
-        if len(vectors) < 2:
-            return
-        effort, recall = self._least_effort(vectors, target, None)
-        tenth = np.random.default_rng(2).random(len(vectors)) < 0.1
-        of_tenth = effort
-        if tenth.sum() > _RECALL_AT:
-            of_tenth, _ = self._least_effort(vectors, target, pack(tenth), least=effort)
-        self.tuning = Tuning(effort=effort, effort_of_tenth=of_tenth, recall=recall, target=target)
-
-    def _least_effort(
-        self, vectors: Vectors, target: float, alive: Bits | None, *, least: int = 1
-    ) -> tuple[int, float]:
-        """An effort and its recall on held-back queries: stored vectors, left out of answers."""
-        count = len(vectors)
-        k = min(_RECALL_AT, count - 1)
-        number = min(_HELD_BACK, count)
-        asked = np.sort(np.random.default_rng(1).choice(count, number, replace=False))
-        queries = vectors[asked]
-        if alive is None:
-            _, best = nearest(queries, vectors, k + 1, None, 0)
-        else:
-            _, best = nearest_among(queries, vectors, np.flatnonzero(unpack(alive, count)), k + 1)
-        truth = _without(best, asked, k)
-        tried = (1, 0.0)
-        for effort in kinds.efforts(self.kind, self._index):
-            if effort < least:
-                continue
-            (_, found), _ = self.search(queries, k + 1, vectors, alive, 1.0, effort=effort)
-            tried = effort, _recall(_without(found, asked, k), truth)
-            if tried[1] >= target:
-                break
-        return tried
+        return marked(scores, positions)
 
 
 def _first(bits: Bits, size: int) -> Bits:
@@ -296,14 +258,3 @@ def _first(bits: Bits, size: int) -> Bits:
     if size % 8:
         cut[-1] &= (1 << size % 8) - 1
     return cut
-
-
-def _without(found: Positions, own: Positions, k: int) -> Positions:
-    """The first k of each row that are not the row's own position."""
-    order = np.argsort(found == own[:, None], axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(found, order, axis=1)
-
-
-def _recall(found: Positions, truth: Positions) -> float:
-    hits = (found[:, :, None] == truth[:, None, :]).any(axis=1)
-    return float(hits.mean())

@@ -108,9 +108,9 @@ def unit_vectors(vectors: Vectors, dim: int) -> Vectors:
     # Norms in float64: the square of a large finite float32 overflows.
     wide = given.astype(np.float64)
     norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
-    bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
-    if bad.size:
-        row = int(bad[0])
+    good = (norms > 0) & (norms < np.inf)
+    if not good.all():
+        row = int(np.argmin(good))
         fault = "zero" if norms[row] == 0 else "not finite"
         raise InvalidVector(
             f"vector {row} is {fault}: send finite, non-zero vectors (cosine needs a direction)"

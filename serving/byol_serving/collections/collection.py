@@ -20,6 +20,7 @@ from byol_serving.collections.sql import compile_filter
 from byol_serving.collections.stats import stats_of
 from byol_serving.collections.types import (
     CollectionInfo,
+    Columns,
     Hit,
     IdType,
     IndexKind,
@@ -30,6 +31,7 @@ from byol_serving.collections.types import (
     UpsertCounts,
     Vectors,
     Verification,
+    hit_of,
 )
 from byol_serving.collections.upkeep import Upkeep
 from byol_serving.collections.verifying import compare
@@ -213,6 +215,10 @@ class LocalCollection:
         effort: int | None = None,
     ) -> list[list[Hit]]:
         """The k nearest of each query (float32 [Q, dim]), best first. See `types.Collection`."""
+        if not with_metadata and not with_vectors:
+            return self.search_columns(
+                queries, k, condition=condition, min_score=min_score, effort=effort
+            ).hits()
         unit = checks.unit_vectors(queries, self.dim)
         checks.effort(effort)
         for _ in range(_ATTEMPTS):
@@ -226,6 +232,25 @@ class LocalCollection:
             hits = self._hits(view, found, min_score, with_metadata, with_vectors)
         assert hits is not None
         return hits
+
+    def search_columns(
+        self,
+        queries: Vectors,
+        k: int,
+        *,
+        condition: Filter | None = None,
+        min_score: float | None = None,
+        effort: int | None = None,
+    ) -> Columns:
+        """What `search` finds, ids and scores alone. See `types.Collection`."""
+        unit = checks.unit_vectors(queries, self.dim)
+        checks.effort(effort)
+        view, (scores, positions) = self._find(unit, k, condition, effort)
+        there = positions >= 0 if min_score is None else scores >= min_score
+        ids = view.ids[positions]
+        if not there.all():
+            ids[~there] = ""
+        return Columns(ids=ids, scores=_cosines(scores), counts=there.sum(axis=1))
 
     # Upkeep
 
@@ -309,10 +334,9 @@ class LocalCollection:
                 texts = rows.texts_by_row(connection, wanted.tolist())
             if len(texts) < len(wanted):
                 return None
-        np.clip(scores, -1.0, 1.0, out=scores)
         return [
             [
-                _hit(
+                hit_of(
                     view.ids[position],
                     score,
                     {} if texts is None else json.loads(texts[int(view.rows[position])]),
@@ -321,7 +345,7 @@ class LocalCollection:
                 for position, score in zip(places, values, strict=True)
                 if position >= 0
             ]
-            for places, values in zip(positions.tolist(), scores.tolist(), strict=True)
+            for places, values in zip(positions.tolist(), _cosines(scores).tolist(), strict=True)
         ]
 
 
@@ -338,10 +362,6 @@ def _facts(meta: dict[str, str | int], folder: Path) -> tuple[str, int, str, Ind
         ) from error
 
 
-def _hit(row_id: str, score: float, metadata: Metadata, vector: Vectors | None) -> Hit:
-    """A Hit, past its class's own __init__: that of a frozen dataclass takes three times as long,
-    and ten of them for each query were a third of a search in memory.
-    """
-    hit = object.__new__(Hit)
-    hit.__dict__.update(id=row_id, score=score, metadata=metadata, vector=vector)
-    return hit
+def _cosines(scores: Vectors) -> Vectors:
+    """Without what rounding adds. (np.clip takes three times as long for a few.)"""
+    return np.minimum(np.maximum(scores, np.float32(-1)), np.float32(1))

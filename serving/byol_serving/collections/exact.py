@@ -6,6 +6,7 @@ crashes the process when it is added to during a search.)
 """
 
 import os
+import threading
 from typing import Any, TypeAlias
 
 import faiss as _faiss
@@ -32,13 +33,36 @@ _THREADS_FROM = 32
 """Queries from which a search uses all cores: one Flat query ran at 34/s with one OpenMP thread and
 at 6/s with two."""
 _BLOCK = 65_536
-_RESCORE_AT_ONCE = 64
 _MAX_EXTRA = 64
 
 
+class _Searching:
+    """Counts the searches of the moment: `with SEARCHING: ...`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self.count -= 1
+
+
+SEARCHING = _Searching()
+
+
 def share_cores(queries: int) -> None:
-    """Sets this thread's OpenMP threads for a search of so many queries."""
-    faiss.omp_set_num_threads(_CORES if queries >= _THREADS_FROM else 1)
+    """Sets this thread's OpenMP threads for a search of so many queries.
+
+    Searches at the same time share the cores: with more threads than cores, each of OpenMP's
+    barriers waits for threads that do not run.
+    """
+    wide = queries >= _THREADS_FROM
+    faiss.omp_set_num_threads(max(1, _CORES // max(1, SEARCHING.count)) if wide else 1)
 
 
 def pack(mask: NDArray[np.bool_]) -> Bits:
@@ -103,18 +127,23 @@ def nearest_among(queries: Vectors, vectors: Vectors, chosen: Positions, k: int)
 
 
 def rescored(queries: Vectors, vectors: Vectors, candidates: Positions, k: int) -> Found:
-    """The k best of each query among its own candidates (int64 [Q, C], -1 for none)."""
+    """The k best of each query among its own candidates (int64 [Q, C]; -1 for none, at the end)."""
     scores, positions = nothing(len(queries), k)
-    for start in range(0, len(queries), _RESCORE_AT_ONCE):
-        some = slice(start, start + _RESCORE_AT_ONCE)
-        known = candidates[some]
-        gathered = vectors[np.maximum(known, 0)]
-        true = np.matmul(gathered, queries[some, :, None])[..., 0]
-        true[known < 0] = -np.inf
-        order = np.argsort(-true, axis=1, kind="stable")[:, :k]
-        scores[some] = np.take_along_axis(true, order, axis=1)
-        positions[some] = np.take_along_axis(known, order, axis=1)
-    return scores, positions
+    among = candidates.shape[1]
+    faiss.knn_inner_products_by_idx(
+        faiss.swig_ptr(queries),
+        faiss.swig_ptr(vectors),
+        faiss.swig_ptr(candidates),
+        queries.shape[1],
+        len(queries),
+        len(vectors),
+        among,
+        k,
+        faiss.swig_ptr(scores),
+        faiss.swig_ptr(positions),
+        among,  # FAISS's default, -1, reads past the second query's
+    )
+    return marked(scores, positions)
 
 
 def merged(left: Found, right: Found, k: int) -> Found:
@@ -123,6 +152,13 @@ def merged(left: Found, right: Found, k: int) -> Found:
     positions = np.concatenate([left[1], right[1]], axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(positions, order, axis=1)
+
+
+def marked(scores: Vectors, positions: Positions) -> Found:
+    """FAISS's answer, with -inf in place of its least number where there is no position."""
+    if (positions[:, -1] < 0).any():  # they are last
+        scores[positions < 0] = -np.inf
+    return scores, positions
 
 
 def nothing(queries: int, k: int) -> Found:
@@ -135,19 +171,19 @@ def _knn(queries: Vectors, vectors: Vectors, k: int, selector: Any) -> Found:
     scores, positions = nothing(count, k)
     if not len(vectors):
         return scores, positions
-    share_cores(count)
     if selector is None and count < _BLAS_FROM:
         selector = faiss.IDSelectorAll()  # any selector takes the scan instead of BLAS
-    faiss.knn_inner_product(
-        faiss.swig_ptr(queries),
-        faiss.swig_ptr(vectors),
-        dim,
-        count,
-        len(vectors),
-        k,
-        faiss.swig_ptr(scores),
-        faiss.swig_ptr(positions),
-        selector,
-    )
-    scores[positions < 0] = -np.inf
-    return scores, positions
+    with SEARCHING:
+        share_cores(count)
+        faiss.knn_inner_product(
+            faiss.swig_ptr(queries),
+            faiss.swig_ptr(vectors),
+            dim,
+            count,
+            len(vectors),
+            k,
+            faiss.swig_ptr(scores),
+            faiss.swig_ptr(positions),
+            selector,
+        )
+    return marked(scores, positions)

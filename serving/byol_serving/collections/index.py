@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from byol_serving.collections.approximate import Approximate, Stopped
 from byol_serving.collections.exact import (
@@ -36,10 +37,8 @@ class IndexOptions:
     """Items from which approximate kinds are so; below, a scan is as fast and exact."""
     recall_target: float = 0.95
     """Recall@10 that an approximate index is tuned to when it is built."""
-    auto_hnsw_from: int = 20_000
-    auto_ivf_from: int = 2_000_000
-    """`auto` scans below the first, then walks a graph, and above the second reads lists of 8-bit
-    codes, which take a quarter of the graph's memory."""
+    auto_from: int = 20_000
+    """Items from which `auto` reads lists of packed codes; below, it scans."""
     exact_share: float = 0.05
     """A filter that keeps fewer than this share of the items is answered exactly."""
     compact_share: float = 0.25
@@ -63,7 +62,8 @@ class View:
     """float32 [capacity, D]"""
     rows: Positions
     """int64 [capacity]: the store's row of each position, ascending."""
-    ids: list[str]
+    ids: NDArray[np.object_]
+    """str [capacity]"""
     alive: Bits
     """A bit for each of the `size` positions."""
     approximate: Approximate | None
@@ -100,7 +100,7 @@ class Index:
             dead=0,
             vectors=np.empty((0, dim), np.float32),
             rows=np.empty(0, np.int64),
-            ids=[],
+            ids=np.empty(0, object),
             alive=np.empty(0, np.uint8),
             approximate=None,
             generation=0,
@@ -130,8 +130,7 @@ class Index:
             size = view.size + len(rows)
             view.vectors[view.size : size] = vectors
             view.rows[view.size : size] = rows
-            del view.ids[view.size :]  # what a failed apply may have left
-            view.ids.extend(ids)
+            view.ids[view.size : size] = ids
             alive = np.zeros((size + 7) // 8, np.uint8)
             alive[: len(view.alive)] = view.alive
             fresh = np.arange(view.size, size)
@@ -183,8 +182,8 @@ class Index:
             found = merged(found, nearest_among(queries, vectors, rest, k), k)
         # A graph walk may end early between masked nodes; k are there, so such a query is scanned.
         wanted = min(k, count)
-        short = np.flatnonzero(found[1][:, wanted - 1] < 0) if wanted else np.empty(0, np.int64)
-        if short.size:
+        if wanted and (found[1][:, wanted - 1] < 0).any():
+            short = np.flatnonzero(found[1][:, wanted - 1] < 0)
             found[0][short], found[1][short] = nearest(
                 queries[short], vectors, k, bits, view.size - count
             )
@@ -227,9 +226,7 @@ class Index:
             case "flat":
                 return None
             case "auto":
-                if count < options.auto_hnsw_from:
-                    return None
-                return "hnsw" if count < options.auto_ivf_from else "ivf-sq8"
+                return "ivf-pq" if count >= options.auto_from else None
             case kind:
                 return kind if count >= options.approximate_from else None
 
@@ -258,15 +255,16 @@ class Index:
                 size=len(kept),
                 vectors=vectors,
                 rows=_grown(now.rows[kept], len(kept), capacity),
+                ids=_grown(now.ids[kept], len(kept), capacity),
             )
             rebuilt = _with_room(rebuilt, came)
             rebuilt.vectors[len(kept) : len(moved)] = now.vectors[old.size : now.size]
             rebuilt.rows[len(kept) : len(moved)] = now.rows[old.size : now.size]
+            rebuilt.ids[len(kept) : len(moved)] = now.ids[old.size : now.size]
             self._view = replace(
                 rebuilt,
                 size=len(moved),
                 dead=int(len(moved) - living.sum()),
-                ids=[now.ids[each] for each in moved.tolist()],
                 alive=pack(living),
                 approximate=approximate,
                 generation=now.generation + 1,
@@ -282,6 +280,7 @@ def _with_room(view: View, count: int) -> View:
         view,
         vectors=_grown(view.vectors, view.size, capacity),
         rows=_grown(view.rows, view.size, capacity),
+        ids=_grown(view.ids, view.size, capacity),
     )
 
 

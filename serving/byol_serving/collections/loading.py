@@ -58,9 +58,8 @@ def _from_snapshot(index: Index, loaded: snapshot.Loaded, rows: Positions, ids: 
     where = np.searchsorted(loaded.rows, rows[:covered])
     if not np.array_equal(loaded.rows[where], rows[:covered]):
         return False
-    names = [""] * size
-    for position, name in zip(where.tolist(), ids, strict=False):
-        names[position] = name
+    names = np.full(size, "", object)
+    names[where] = ids[:covered]
     alive = np.zeros(size, np.bool_)
     alive[where] = True
     index.load(

@@ -15,6 +15,7 @@ from byol_serving.collections.milvus_terms import expression, id_in, numbers_of,
 from byol_serving.collections.sql import compile_filter
 from byol_serving.collections.types import (
     CollectionInfo,
+    Columns,
     Hit,
     IdType,
     IndexKind,
@@ -200,6 +201,26 @@ class MilvusCollection:
         if min_score is None:
             return best
         return [[hit for hit in hits if hit.score >= min_score] for hits in best]
+
+    def search_columns(
+        self,
+        queries: Vectors,
+        k: int,
+        *,
+        condition: Filter | None = None,
+        min_score: float | None = None,
+        effort: int | None = None,
+    ) -> Columns:
+        """What `search` finds, ids and scores alone. See `types.Collection`."""
+        found = self.search(
+            queries,
+            k,
+            condition=condition,
+            min_score=min_score,
+            with_metadata=False,
+            effort=effort,
+        )
+        return Columns.of(found)
 
     # Inside
 

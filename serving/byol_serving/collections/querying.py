@@ -10,7 +10,7 @@ import numpy as np
 
 from byol_serving.collections.diversity import marginal_relevance
 from byol_serving.collections.filters import Filter
-from byol_serving.collections.types import Collection, Hit, Vectors
+from byol_serving.collections.types import Collection, Columns, Hit, Vectors
 from byol_serving.errors import InvalidRequest, InvalidVector
 
 UNLIKE_WEIGHT = 0.2
@@ -109,6 +109,19 @@ def find(collection: Collection, queries: Sequence[Query], wanted: Wanted) -> li
             others = _diverse(others, wanted.mmr_lambda, wanted)
         answers.append(others[wanted.offset : wanted.offset + wanted.k])
     return answers
+
+
+def find_columns(collection: Collection, vectors: Vectors, wanted: Wanted) -> Columns:
+    """As `find` for plain vectors (float32 [Q, D]), ids and scores alone; not with `mmr_lambda`."""
+    count = checked_count(collection, wanted.k, limit=wanted.min_score is not None)
+    found = collection.search_columns(
+        vectors,
+        min(wanted.offset + wanted.k, count),
+        condition=wanted.condition,
+        min_score=wanted.min_score,
+        effort=wanted.effort,
+    )
+    return found.after(wanted.offset) if wanted.offset else found
 
 
 def checked_count(collection: Collection, k: int, *, limit: bool) -> int:

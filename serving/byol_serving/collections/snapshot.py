@@ -14,15 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from byol_serving.collections.approximate import Approximate, Tuning
+from byol_serving.collections.approximate import Approximate
 from byol_serving.collections.disk import checksum, publish, sync
 from byol_serving.collections.exact import Positions
 from byol_serving.collections.index import Index
 from byol_serving.collections.kinds import ApproximateKind
+from byol_serving.collections.tuning import Tuning
 from byol_serving.collections.types import Vectors
 
 _log = logging.getLogger(__name__)
-_FORMAT = 2
+_FORMAT = 3
 _KEEP = 2
 
 
@@ -40,6 +41,7 @@ class Manifest:
     approximate: ApproximateKind | None
     approximate_crc: int
     effort: int
+    depth: int
     effort_of_tenth: int
     recall: float
     target: float
@@ -72,7 +74,7 @@ def write(folder: Path, collection: str, index: Index) -> int:
             approximate_crc = checksum(_aside(approximate))
             publish(_aside(approximate), approximate)
         publish(_aside(vectors), vectors)
-    none = Tuning(effort=0, effort_of_tenth=0, recall=0, target=0)
+    none = Tuning(target=0)
     tuning = view.approximate.tuning if view.approximate else none
     manifest = Manifest(
         format=_FORMAT,
@@ -84,6 +86,7 @@ def write(folder: Path, collection: str, index: Index) -> int:
         approximate=view.approximate.kind if view.approximate else None,
         approximate_crc=approximate_crc,
         effort=tuning.effort,
+        depth=tuning.depth,
         effort_of_tenth=tuning.effort_of_tenth,
         recall=tuning.recall,
         target=tuning.target,
@@ -142,6 +145,7 @@ def _load(path: Path, collection: str, dim: int, seq: int) -> Loaded:
             raise ValueError("its approximate index fails its checksum")
         tuning = Tuning(
             effort=manifest.effort,
+            depth=manifest.depth,
             effort_of_tenth=manifest.effort_of_tenth,
             recall=manifest.recall,
             target=manifest.target,

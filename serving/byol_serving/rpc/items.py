@@ -9,11 +9,13 @@ import numpy as np
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
     CollectionInfo,
+    Columns,
     Hit,
     IdType,
     IndexStats,
     Item,
     Verification,
+    hit_of,
 )
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.convert import (
@@ -123,6 +125,20 @@ def hits_value(message: pb.Hits) -> list[Hit]:
     return list(map(_hit_value, message.hits))
 
 
+def fill_columns(message: pb.HitColumns, columns: Columns) -> None:
+    """The neighbours of all queries."""
+    ids, scores = columns.flat()
+    message.ids.extend(ids)
+    message.scores = scores.astype("<f4", copy=False).tobytes()
+    message.counts.extend(columns.counts.tolist())
+
+
+def columns_value(message: pb.HitColumns) -> Columns:
+    """The reverse of `fill_columns`."""
+    scores = np.frombuffer(message.scores, "<f4")
+    return Columns.filled(list(message.ids), scores, np.array(message.counts, np.int64))
+
+
 def groups_message(groups: Sequence[HitGroup]) -> pb.Hits:
     """The grouped neighbours of one query."""
     return pb.Hits(
@@ -142,11 +158,11 @@ def groups_value(message: pb.Hits) -> list[HitGroup]:
 
 
 def _hit_value(hit: pb.Hit) -> Hit:
-    return Hit(
-        id=hit.id,
-        score=hit.score,
-        metadata=struct_to_metadata(hit.metadata) if hit.HasField("metadata") else {},
-        vector=_vector(hit),
+    return hit_of(
+        hit.id,
+        hit.score,
+        struct_to_metadata(hit.metadata) if hit.HasField("metadata") else {},
+        _vector(hit),
     )
 
 

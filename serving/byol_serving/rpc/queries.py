@@ -1,6 +1,7 @@
 """Queries on the wire as vectors: by image, vector, id, and by examples of what to be like."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -8,13 +9,20 @@ import numpy as np
 from byol_serving.collections.checks import unit_vectors
 from byol_serving.collections.filters import Filter
 from byol_serving.collections.grouping import find_groups
-from byol_serving.collections.querying import UNLIKE_WEIGHT, Query, Wanted, examples_vector, find
-from byol_serving.collections.types import Collection, Vectors
+from byol_serving.collections.querying import (
+    UNLIKE_WEIGHT,
+    Query,
+    Wanted,
+    examples_vector,
+    find,
+    find_columns,
+)
+from byol_serving.collections.types import Collection, Columns, Vectors
 from byol_serving.errors import FailedPrecondition, InvalidRequest, InvalidVector
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.convert import tensor_to_vectors
 from byol_serving.rpc.filters import from_message
-from byol_serving.rpc.items import groups_message, hits_message
+from byol_serving.rpc.items import fill_columns, groups_message, hits_message
 
 Leaf: TypeAlias = pb.Query | pb.Example
 """A message with at most one of image, vector and id."""
@@ -91,20 +99,34 @@ def run_search(
         raise InvalidRequest("the request has no query; send an image, a vector or an id")
     version = collection.info.version
     _check_version(request, collection, version)
-    queries = [*_queries(collection, request.queries, embedded), *_rows(collection, request)]
-    if not queries:
-        return pb.SearchResponse(version=version)
     wanted = _wanted(request)
-    if request.group_by:
-        groups = find_groups(
-            collection, queries, wanted, key=request.group_by, size=request.group_size or 1
-        )
-        results = list(map(groups_message, groups))
-    else:
-        results = list(map(hits_message, find(collection, queries, wanted)))
+    answer = pb.SearchResponse(version=version)
+    if request.columns:
+        fill_columns(answer.columns, _columns(collection, request, embedded, wanted))
+    elif queries := [*_queries(collection, request.queries, embedded), *_rows(collection, request)]:
+        if request.group_by:
+            groups = find_groups(
+                collection, queries, wanted, key=request.group_by, size=request.group_size or 1
+            )
+            answer.results.extend(map(groups_message, groups))
+        else:
+            answer.results.extend(map(hits_message, find(collection, queries, wanted)))
     if request.HasField("version"):  # a change may have come in between
         _check_version(request, collection, collection.info.version)
-    return pb.SearchResponse(results=results, version=version)
+    return answer
+
+
+def _columns(
+    collection: Collection, request: pb.SearchRequest, embedded: Vectors, wanted: Wanted
+) -> Columns:
+    if request.group_by:
+        raise InvalidRequest("groups do not come as columns: ask for one or the other")
+    vectors = _vectors(collection, request)
+    if vectors is not None and len(vectors) and not request.queries and wanted.mmr_lambda is None:
+        return find_columns(collection, vectors, wanted)
+    queries = [*_queries(collection, request.queries, embedded), *_rows(collection, request)]
+    plain = replace(wanted, with_metadata=False, with_vectors=False)
+    return Columns.of(find(collection, queries, plain) if queries else [])
 
 
 def _queries(
@@ -125,11 +147,16 @@ def _queries(
 
 
 def _rows(collection: Collection, request: pb.SearchRequest) -> list[Query]:
+    vectors = _vectors(collection, request)
+    return [] if vectors is None else [Query(vector=row) for row in vectors]
+
+
+def _vectors(collection: Collection, request: pb.SearchRequest) -> Vectors | None:
     if not request.HasField("vectors"):
-        return []
+        return None
     rows = tensor_to_vectors(request.vectors, ndim=2)
     _check_dimension(rows.shape[1], collection)
-    return [Query(vector=row) for row in rows]
+    return rows
 
 
 def _stack(queries: Sequence[Query], collection: Collection) -> Vectors:

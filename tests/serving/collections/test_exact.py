@@ -1,11 +1,14 @@
 """The exact kernels against a product of matrices and a sort."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from byol_serving.collections import exact
 from byol_serving.collections.exact import (
+    SEARCHING,
     Found,
     bits_at,
     merged,
@@ -13,6 +16,8 @@ from byol_serving.collections.exact import (
     nearest_among,
     nothing,
     pack,
+    rescored,
+    share_cores,
     unpack,
 )
 from byol_serving.collections.types import Vectors
@@ -53,6 +58,44 @@ def test_nearest_under_any_mask(count: int, queries: int, k: int, kept: float, s
     _expect(nearest_among(asked, vectors, np.flatnonzero(mask), k), asked, vectors, mask, k)
     if dead == 0:
         _expect(nearest(asked, vectors, k, None, 0), asked, vectors, mask, k)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    queries=st.sampled_from([1, 3, 64]),
+    candidates=st.integers(1, 40),
+    k=st.sampled_from([1, 10, 50]),
+    seed=st.integers(0, 2**16),
+)
+def test_candidates_are_ranked_by_true_scores(
+    queries: int, candidates: int, k: int, seed: int
+) -> None:
+    vectors, asked = clustered(300, DIM, seed=seed), clustered(queries, DIM, seed=seed + 1)
+    generator = np.random.default_rng(seed)
+    among = np.stack([generator.choice(300, candidates, replace=False) for _ in range(queries)])
+    among[np.arange(candidates) >= generator.integers(0, candidates + 1, (queries, 1))] = -1
+    scores, found = rescored(asked, vectors, among, k)
+    for row, chosen in enumerate(among):
+        chosen = chosen[chosen >= 0]
+        true = vectors[chosen] @ asked[row]
+        best = chosen[np.argsort(-true, kind="stable")][:k]
+        expected = np.pad(best, (0, k - len(best)), constant_values=-1)
+        np.testing.assert_array_equal(found[row], expected)
+        np.testing.assert_allclose(scores[row, : len(best)], np.sort(true)[::-1][:k], atol=2e-6)
+        assert np.isneginf(scores[row, len(best) :]).all()
+
+
+def test_searches_at_once_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "_CORES", 4)
+    threads = []
+    for queries in (1, 64):
+        share_cores(queries)
+        threads.append(exact.faiss.omp_get_max_threads())
+    with SEARCHING, SEARCHING:
+        share_cores(64)
+        threads.append(exact.faiss.omp_get_max_threads())
+    assert threads == [1, 4, 2]
+    assert SEARCHING.count == 0
 
 
 def test_candidates_over_many_blocks() -> None:

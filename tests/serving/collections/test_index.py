@@ -2,19 +2,20 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
 import pytest
 
-from byol_serving.collections import kinds
+from byol_serving.collections import kinds, tuning
 from byol_serving.collections.approximate import Approximate, ReadersWriter, Stopped
-from byol_serving.collections.exact import nearest, pack, rescored
+from byol_serving.collections.exact import Bits, Positions, nearest, pack, rescored
 from byol_serving.collections.filters import Range
 from byol_serving.collections.index import IndexOptions
 from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.store import Store
-from byol_serving.collections.types import IndexKind
+from byol_serving.collections.types import IndexKind, Vectors
 from byol_serving.errors import InvalidRequest
 from serving.collections.model import Model, clustered
 
@@ -22,7 +23,7 @@ DIM = 32
 COUNT = 4000
 VECTORS = clustered(COUNT, DIM, clusters=200)
 QUERIES = clustered(100, DIM, seed=5, clusters=200)
-OPTIONS = IndexOptions(approximate_from=1000, absorb_from=64, compact_from=64, auto_hnsw_from=1000)
+OPTIONS = IndexOptions(approximate_from=1000, absorb_from=64, compact_from=64, auto_from=1000)
 
 
 def _recall(found: np.ndarray, truth: np.ndarray) -> float:
@@ -111,7 +112,43 @@ def test_a_target_out_of_reach_is_reported_as_what_was_reached() -> None:
     index = Approximate.build("ivf-rabitq", VECTORS, lambda: False, target=1.1)
     assert index.tuning.target == 1.1
     assert 0.5 < index.tuning.recall <= 1
-    assert index.tuning.effort == kinds.lists_for(COUNT)
+    assert index.tuning.effort == kinds.lists_for("ivf-rabitq", COUNT)
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_uneven_directions_do_not_keep_it_from_its_target(kind: ApproximateKind) -> None:
+    """Principal components: a few directions hold nearly all that vectors differ in."""
+    vectors = clustered(COUNT + 64, 32) * np.geomspace(1, 0.01, 32, dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    stored, queries = vectors[:COUNT].copy(), vectors[COUNT:].copy()
+    index = Approximate.build(kind, stored, lambda: False, target=0.95)
+    assert index.tuning.recall >= 0.95
+    (_, found), _ = index.search(queries, 10, stored, None, 1.0)
+    assert _recall(found, nearest(queries, stored, 10, None, 0)[1]) > 0.88
+
+
+def test_of_what_reaches_the_target_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    vectors = clustered(500, 8)
+    right = nearest(vectors, vectors, 11, None, 0)[1]
+
+    def search(
+        queries: Vectors, k: int, alive: Bits | None, effort: int, depth: float
+    ) -> Positions:
+        """Needs an effort of 4 at depth 1 and of 2 at greater ones; each costs time."""
+        seconds[0] += effort + depth
+        own = np.argmax(queries @ vectors.T, axis=1)
+        found: Positions = right[own].copy()
+        if effort < (4 if depth == 1 else 2) or (alive is not None and effort < 5):
+            found[:, 5:] = -1
+        return found
+
+    found = tuning.tuned(search, vectors, 0.9, efforts=[1, 2, 3, 4, 5, 6], depths=[1, 2, 3])
+    assert (found.effort, found.depth) == (2, 2)
+    assert found.recall == 1
+    never = tuning.tuned(search, vectors, 1.1, efforts=[1, 2, 3], depths=[1, 2])
+    assert (never.effort, never.depth, never.recall) == (3, 2, 1)
 
 
 def test_a_build_can_be_stopped() -> None:
@@ -163,7 +200,7 @@ def test_a_collection_of_every_kind(tmp_path: Path, kind: IndexKind) -> None:
             collection.settle()
         assert collection.stats().deleted == 0
         answering = collection.stats().answering
-        assert answering == {"flat": "flat", "auto": "hnsw"}.get(kind, kind)
+        assert answering == {"flat": "flat", "auto": "ivf-pq"}.get(kind, kind)
         before = collection.stats()
     with Store(tmp_path, options=OPTIONS) as store:
         assert store.get("c").stats() == before or store.get("c").stats().answering == answering
@@ -181,11 +218,11 @@ def test_stats_and_effort(tmp_path: Path) -> None:
         collection.settle()
         collection.upsert(["late"], QUERIES[:1])
         stats = collection.stats()
-        assert (stats.answering, stats.wanted, stats.unabsorbed) == ("hnsw", "hnsw", 1)
+        assert (stats.answering, stats.wanted, stats.unabsorbed) == ("ivf-pq", "ivf-pq", 1)
         assert stats.recall >= stats.recall_target == 0.95
         assert stats.effort is not None
         assert stats.vector_bytes >= 4 * DIM * stats.count
-        assert stats.index_bytes > stats.vector_bytes / 2
+        assert stats.index_bytes > DIM / 4 * stats.count
         with pytest.raises(InvalidRequest, match="effort 0"):
             collection.search(QUERIES[:1], 1, effort=0)
         assert collection.search(QUERIES[:1], 1, effort=500)[0][0].id == "late"
@@ -206,13 +243,13 @@ def test_auto_serves_exactly_while_it_builds(tmp_path: Path) -> None:
         collection = store.create("c", dim=DIM, encoder_id="e", index="auto")
         collection.upsert([str(n) for n in range(COUNT)], VECTORS)
         assert building.wait(30)
-        assert (collection.stats().answering, collection.stats().wanted) == ("flat", "hnsw")
+        assert (collection.stats().answering, collection.stats().wanted) == ("flat", "ivf-pq")
         collection.upsert(["meanwhile"], QUERIES[:1])
         collection.delete(["7"])
         assert collection.search(QUERIES[:1], 1)[0][0].id == "meanwhile"
         go_on.set()
         collection.settle()
-        assert collection.stats().answering == "hnsw"
+        assert collection.stats().answering == "ivf-pq"
         assert collection.search(QUERIES[:1], 1)[0][0].id == "meanwhile"
         assert collection.search(VECTORS[7:8], 1)[0][0].id != "7"
         assert collection.verify().ok

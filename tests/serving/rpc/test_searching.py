@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from byol_serving.client import AsyncClient, Client, Examples, ItemId, SearchOptions
+from byol_serving.client_calls import Call
+from byol_serving.client_search import columns_of, request_of
 from byol_serving.errors import (
     FailedPrecondition,
     InvalidRequest,
@@ -136,6 +138,50 @@ def test_groups_and_diversity(client: Client, photos: str) -> None:
         client.search_groups(photos, PIXELS[3], by="label", options=SearchOptions(mmr_lambda=0.5))
 
 
+def test_ids_and_scores_come_as_columns(client: Client, photos: str) -> None:
+    found = client.search_columns(photos, ROWS, SearchOptions(k=4, offset=1))
+    assert found.ids.shape == found.scores.shape == (40, 4)
+    assert found.ids.tolist() == [best(row)[1:5] for row in ROWS]
+    ranked = -np.sort(-(ROWS @ ROWS.T), axis=1)
+    np.testing.assert_allclose(found.scores, ranked[:, 1:5], atol=1e-5)
+    least = float(np.median(ROWS @ ROWS.T)) + 1e-4
+    options = SearchOptions(k=40, min_score=least, where={"label": "cat"})
+    uneven = client.search_columns(photos, ROWS, options)
+    wanted = [
+        [n for n in best(row) if int(n[1:]) % 2 and ROWS[IDS.index(n)] @ row >= least]
+        for row in ROWS
+    ]
+    assert [[hit.id for hit in hits] for hits in uneven.hits()] == wanted
+    assert len(set(uneven.counts.tolist())) > 1
+    assert client.search_columns(photos, ROWS[:0]).hits() == []
+
+
+def test_what_needs_no_metadata_travels_as_columns(client: Client, photos: str) -> None:
+    plain = SearchOptions(k=3, with_metadata=False)
+    (hits,) = client.search_many(photos, plain, ids=["i1"])
+    assert [hit.id for hit in hits] == best(ROWS[1], (1,))[:3]
+    assert hits[0].metadata == {}
+    diverse = SearchOptions(k=3, with_metadata=False, mmr_lambda=1.0)
+    (hits,) = client.search_many(photos, diverse, vectors=ROWS[:1])
+    assert [hit.id for hit in hits] == best(ROWS[0])[:3]
+    groups = client.search_groups(photos, PIXELS[3], by="label", options=plain)
+    assert len(groups) == 2
+    page = next(client.search_pages(photos, ROWS[3], plain))
+    assert [hit.id for hit in page] == best(ROWS[3])[:3]
+    request = request_of(photos, plain, vectors=ROWS[:1])
+    request.group_by = "label"
+    with pytest.raises(InvalidRequest, match="columns"):
+        client._send(Call("/byol.v1.Collections/Search", request, pb.SearchResponse, columns_of))
+
+
+def test_an_older_server_answers_with_hits() -> None:
+    hits = [pb.Hit(id="a", score=0.5), pb.Hit(id="b", score=0.25)]
+    found = columns_of(pb.SearchResponse(results=[pb.Hits(hits=hits), pb.Hits()]))
+    assert found.ids.tolist() == [["a", "b"], ["", ""]]
+    assert found.counts.tolist() == [2, 0]
+    assert found.flat()[1].tolist() == [0.5, 0.25]
+
+
 def test_a_stream_of_searches(client: Client, photos: str) -> None:
     batches = [ROWS[at : at + 5] for at in range(0, 40, 5)]
     answers = list(client.search_stream(photos, iter(batches), SearchOptions(k=1)))
@@ -219,6 +265,8 @@ async def test_the_asynchronous_client_does_the_same(address: str, photos: str) 
         assert [hit.id for hit in hits] == best(rocchio([3, 5], [0], 0.0), (5,))[:4]
         pages = [page async for page in client.search_pages(photos, ROWS[3], SearchOptions(k=25))]
         assert [hit.id for page in pages for hit in page] == best(ROWS[3])
+        columns = await client.search_columns(photos, ROWS, SearchOptions(k=1))
+        assert columns.ids[:, 0].tolist() == IDS
         groups = await client.search_groups(photos, PIXELS[3], by="label")
         assert len(groups) == 2
         batches = [ROWS[:20], ROWS[20:]]

@@ -61,6 +61,23 @@ def test_search_is_brute_force(filled: Collection, k: int) -> None:
     assert filled.search(queries[:0], 1) == []
 
 
+def test_columns_hold_what_hits_hold(filled: Collection) -> None:
+    queries = unit(RNG.standard_normal((9, DIM)))
+    few, none = In("n", (3, 4, 5)), Exists("no such key")
+    for k, condition, least in [(7, None, None), (COUNT, few, None), (30, few, 0.1), (3, none, 0)]:
+        hits = filled.search(queries, k, condition=condition, min_score=least, with_metadata=False)
+        found = filled.search_columns(queries, k, condition=condition, min_score=least)
+        assert found.counts.tolist() == list(map(len, hits))
+        assert [[hit.id for hit in each] for each in found.hits()] == [
+            [hit.id for hit in each] for each in hits
+        ]
+        scores = [hit.score for each in hits for hit in each]
+        np.testing.assert_allclose(found.flat()[1], scores, atol=1e-6)
+        assert (found.ids != "").sum() == len(scores)
+    with pytest.raises(InvalidRequest):
+        filled.search_columns(queries, 0)
+
+
 def test_searches_that_cannot_be(filled: Collection) -> None:
     for k in (0, COUNT + 1):
         with pytest.raises(InvalidRequest, match=f"k = {k}"):

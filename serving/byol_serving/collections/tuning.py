@@ -1,0 +1,125 @@
+"""How hard an approximate index has to search: what reaches a recall, in the least time."""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from byol_serving.collections.exact import Bits, Positions, nearest, nearest_among, pack, unpack
+from byol_serving.collections.types import Vectors
+
+_HELD_BACK = 256
+RECALL_AT = 10
+
+Search: TypeAlias = Callable[[Vectors, int, Bits | None, int, float], Positions]
+"""(queries, k, alive, effort, depth) -> positions int64 [Q, k]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What a search costs and finds, as measured when the index was built."""
+
+    effort: int = 1
+    """Lists that a search reads (IVF), or the width of its walk (HNSW)."""
+    depth: int = 1
+    """Candidates that are re-ranked for each hit, where codes are coarse."""
+    effort_of_tenth: int = 1
+    """The effort where a filter keeps a tenth of the items: their neighbours lie farther away."""
+    recall: float = 0
+    """Recall@10 on held-back queries: stored vectors, each left out of its own answer."""
+    target: float
+    """What was asked for; `recall` is below it where no effort reaches it."""
+
+
+def tuned(
+    search: Search,
+    vectors: Vectors,
+    target: float,
+    *,
+    efforts: Sequence[int],
+    depths: Sequence[int],
+) -> Tuning:
+    """The fastest of efforts and depths (both rising) that reach the target, or the best found.
+
+    Deep re-ranking lets a search read fewer lists: which of the two costs less, the data decides.
+    """
+    if len(vectors) < 2:
+        return Tuning(target=target)
+    whole = _Held(vectors, None)
+    tried = [_least(search, whole, target, efforts, depth) for depth in depths]
+    reached = [each for each in tried if each.recall >= target]
+    best = (
+        min(reached, key=lambda each: each.seconds)
+        if reached
+        else max(tried, key=lambda each: each.recall)
+    )
+    of_tenth = best.effort
+    tenth = np.random.default_rng(2).random(len(vectors)) < 0.1
+    if tenth.sum() > RECALL_AT:
+        wider = [each for each in efforts if each >= best.effort]
+        of_tenth = _least(search, _Held(vectors, pack(tenth)), target, wider, best.depth).effort
+    return Tuning(
+        effort=best.effort,
+        depth=best.depth,
+        effort_of_tenth=of_tenth,
+        recall=best.recall,
+        target=target,
+    )
+
+
+class _Held:
+    """Stored vectors as queries, and what is right for each but itself."""
+
+    def __init__(self, vectors: Vectors, alive: Bits | None) -> None:
+        count = len(vectors)
+        self.k = min(RECALL_AT, count - 1)
+        number = min(_HELD_BACK, count)
+        self.asked = np.sort(np.random.default_rng(1).choice(count, number, replace=False))
+        self.queries = vectors[self.asked]
+        self.alive = alive
+        if alive is None:
+            _, best = nearest(self.queries, vectors, self.k + 1, None, 0)
+        else:
+            living = np.flatnonzero(unpack(alive, count))
+            _, best = nearest_among(self.queries, vectors, living, self.k + 1)
+        self._truth = _without(best, self.asked, self.k)
+
+    def recall(self, search: Search, effort: int, depth: int) -> float:
+        """The part of the right ones that it finds."""
+        found = search(self.queries, self.k + 1, self.alive, effort, depth)
+        return recall_of(_without(found, self.asked, self.k), self._truth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tried:
+    effort: int
+    depth: int
+    recall: float
+    seconds: float
+
+
+def _least(
+    search: Search, held: _Held, target: float, efforts: Sequence[int], depth: int
+) -> _Tried:
+    """The least of the efforts that reaches the target at this depth, or else the greatest."""
+    place = bisect_left(efforts, target, key=lambda each: held.recall(search, each, depth))
+    effort = efforts[min(place, len(efforts) - 1)]
+    started = time.perf_counter()
+    recall = held.recall(search, effort, depth)
+    seconds = time.perf_counter() - started
+    return _Tried(effort=effort, depth=depth, recall=recall, seconds=seconds)
+
+
+def _without(found: Positions, own: Positions, k: int) -> Positions:
+    """The first k of each row that are not the row's own position."""
+    order = np.argsort(found == own[:, None], axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(found, order, axis=1)
+
+
+def recall_of(found: Positions, truth: Positions) -> float:
+    """The part of `truth` (int64 [Q, k]) that is in `found`."""
+    hits = (found[:, :, None] == truth[:, None, :]).any(axis=1)
+    return float(hits.mean())
