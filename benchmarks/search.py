@@ -122,7 +122,9 @@ def peers(
     chosen: Options, stack: ExitStack, data: Data, scratch: Path, prefix: str, into: Measured
 ) -> dict[str, Ask]:
     """The peers, built one after another."""
-    files = {name: str(scratch / f"{name}.npy") for name in ("vectors", "picks", "queries")}
+    files: dict[str, Any] = {
+        name: str(scratch / f"{name}.npy") for name in ("vectors", "picks", "queries")
+    }
     for name, file in files.items():
         np.save(file, getattr(data, name))
     found: dict[str, Ask] = {}

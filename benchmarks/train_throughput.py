@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         np.save(f"{scratch}/pixels.npy", pixels[:batch])
-        setup = {"pixels": f"{scratch}/pixels.npy", "hidden": 4096, "out": 256}
+        setup: dict[str, Any] = {"pixels": f"{scratch}/pixels.npy", "hidden": 4096, "out": 256}
         with Peer("lightly_peer.py", **setup) as lightly:
             candidates["lightly"] = lambda: float(lightly.ask(steps=steps)["images_per_s"])
             finish(chosen, interleaved(candidates, unit="images/s", repeats=repeats), batch)

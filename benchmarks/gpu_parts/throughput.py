@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,11 @@ def lightly_at_32(asked: Asked) -> list[Row]:
     config = dataclasses.replace(load_recipe("cifar").config, batch_size=batch)
     pixels = _pixels(2 * batch, 32)
     np.save(asked.scratch / "pixels.npy", pixels[:batch])
-    setup = {"pixels": str(asked.scratch / "pixels.npy"), "hidden": 4096, "out": 256}
+    setup: dict[str, Any] = {
+        "pixels": str(asked.scratch / "pixels.npy"),
+        "hidden": 4096,
+        "out": 256,
+    }
     steps = 1 if asked.quick else 10
     machine = choose_machine(asked.device, "bf16")
     with ExitStack() as stack:
