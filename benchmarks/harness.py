@@ -5,11 +5,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,8 @@ class Options:
     quick: bool
     json: bool
     peers: bool
+    given: argparse.Namespace = field(default_factory=argparse.Namespace)
+    """All of it, with what only this benchmark has."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,18 @@ class Rate:
         return statistics.median(self.values)
 
 
-def options(description: str) -> Options:
-    """Reads the command line that every benchmark has."""
+def options(
+    description: str, more: Callable[[argparse.ArgumentParser], object] | None = None
+) -> Options:
+    """Reads the command line that every benchmark has, and what `more` adds to it."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="under a minute on 2 cores")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--no-peers", action="store_true", help="ours and the raw limit only")
+    if more is not None:
+        more(parser)
     given = parser.parse_args()
-    return Options(given.quick, given.json, not given.no_peers)
+    return Options(given.quick, given.json, not given.no_peers, given)
 
 
 def interleaved(
@@ -121,7 +128,15 @@ class Peer:
     It reads one JSON object a line and answers with one; benchmarks/peers/ holds the scripts.
     """
 
-    def __init__(self, script: str, *, python: Path = PEER_PYTHON, **setup: Any) -> None:
+    def __init__(
+        self,
+        script: str,
+        *,
+        python: Path = PEER_PYTHON,
+        patience: float | None = None,
+        **setup: Any,
+    ) -> None:
+        """Raises TimeoutError, and ends it, where its setup takes more than `patience` seconds."""
         if not python.exists():
             raise SystemExit("peers are not installed: run make bench-peers, or give --no-peers")
         self._process = subprocess.Popen(
@@ -130,14 +145,25 @@ class Peer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.setup = self.ask(**setup)
+        self._send(setup)
+        assert self._process.stdout is not None
+        if patience is not None and not select.select([self._process.stdout], [], [], patience)[0]:
+            self.__exit__(None, None, None)
+            raise TimeoutError(f"not ready within {patience:.0f} s")
+        self.setup = self._answer()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Sends a request and waits for its answer."""
+        self._send(request)
+        return self._answer()
+
+    def _send(self, request: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"a peer ended early: exit code {self._process.wait()}")

@@ -1,50 +1,42 @@
 """Similarity search: raw FAISS (the limit), ours in process and over gRPC, and four peers.
 
 Every engine answers the same queries, top 10, each at the least effort that reaches the recall.
-Raw FAISS searches the very graph that ours built, read from its snapshot: the difference is ours.
+Raw FAISS searches the very index that ours built, read from its snapshot: the difference is ours.
 """
 
-import os
+import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, get_args
 
-import faiss as _faiss
 import numpy as np
 
 from byol_serving.client import Client, SearchOptions
 from byol_serving.collections.collection import LocalCollection
-from byol_serving.collections.filters import Range
 from byol_serving.collections.index import IndexOptions
 from byol_serving.collections.store import Store
+from byol_serving.collections.types import IndexKind
 from harness import Options, Peer, Rate, interleaved, options, report
-from search_data import CIFAR, DIM, Data, Vectors, clustered, pictures
+from search_data import CIFAR, Data, clustered, embedded, pictures
+from search_engines import SHARES, Ask, K, asking, asking_faiss, asking_peer
 from search_server import Server, durable_inserts
 
-faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
-
-K = 10
 BATCH = 64
 PEERS = ("hnswlib", "qdrant", "milvus", "lancedb")
-SHARES = {"0.1%": 1, "1%": 10, "10%": 100, "50%": 500}
-EFFORTS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_CORES = len(os.sched_getaffinity(0))
+EFFORTS = sorted({round(2 * 1.1**step) for step in range(74)})
+"""2 .. 2,100, each about a tenth above the one before, so that recalls come out nearly equal."""
 _AT_ONCE = 5000
-_SLOW = {"milvus": 64, "lancedb": 64}
-_SLOW_FILTERED = {"hnswlib": 16, "milvus": 64, "lancedb": 64}
-"""Queries of a round where all would take minutes; hnswlib's filter is a Python function."""
-_ALL = 1 << 20
+_PATIENCE_S = 300.0
+"""A peer whose build takes longer is left out."""
 _MILVUS_MOST = 200_000  # its create_index times out at a million
 _OPTIONS = IndexOptions(snapshot_every=10**9)
-
-Ask: TypeAlias = Callable[[int, int, int, int | None], tuple[float, Sequence[Sequence[int]]]]
-"""(count, batch, effort, below) -> (queries/s, ids)."""
 
 
 @dataclass
@@ -58,16 +50,15 @@ class Measured:
 
 def main() -> None:
     """Measures and prints."""
-    chosen = options(__doc__ or "")
-    count, queries = (10_000, 256) if chosen.quick else (1_000_000, 2048)
-    datasets = [("", clustered(count, queries))]
-    if not chosen.quick and CIFAR.exists():
-        datasets.append(("cifar10 ", pictures(queries)))
+    chosen = options(__doc__ or "", arguments)
+    given = chosen.given
+    queries = 256 if chosen.quick else 2048
+    count = given.count or (20_000 if chosen.quick else 1_000_000)
     measured = Measured({}, {}, {})
-    for prefix, data in datasets:
-        measured.facts[f"{prefix}data"] = data.name
-        with tempfile.TemporaryDirectory() as scratch:
-            measure(chosen, data, Path(scratch), prefix, measured)
+    measure(chosen, clustered(count, queries), "", measured)
+    if CIFAR.exists() and (given.bundle or not chosen.quick):
+        real = embedded(given.bundle, queries) if given.bundle else pictures(queries)
+        measure(chosen, real, "cifar10 ", measured)
     packages = ["byol-server", "faiss-cpu", "grpcio", "numpy"]
     report(
         "search",
@@ -79,35 +70,49 @@ def main() -> None:
     )
 
 
-def measure(chosen: Options, data: Data, scratch: Path, prefix: str, into: Measured) -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What only this benchmark is asked."""
+    parser.add_argument("--count", type=int, metavar="N", help="clustered vectors, from 20,000")
+    parser.add_argument(
+        "--bundle", type=Path, help="embeds CIFAR-10 by this encoder instead of taking its pixels"
+    )
+    parser.add_argument("--index", choices=get_args(IndexKind), default="auto", help="ours")
+
+
+def measure(chosen: Options, data: Data, prefix: str, into: Measured) -> None:
     """Everything about one data set."""
+    into.facts[f"{prefix}data"] = data.name
     with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         started = time.perf_counter()
         store = Store(scratch / "store", options=_OPTIONS)
-        ours = filled(store, data)
-        into.facts[f"{prefix}ours build_s"] = round(time.perf_counter() - started, 1)
+        ours = filled(store, data, chosen.given.index)
         stats = ours.stats()
-        into.facts[f"{prefix}ours recall measured"] = round(stats.recall, 3)
-        engines: dict[str, Ask] = {}
+        into.facts |= {
+            f"{prefix}ours build_s": round(time.perf_counter() - started, 1),
+            f"{prefix}ours index": stats.answering,
+            f"{prefix}ours recall measured": round(stats.recall, 3),
+            f"{prefix}ours index_mb": stats.index_bytes // 2**20,
+        }
+        folder = scratch / "store" / "c"
+        engines = {"ours": asking(ours, data), "faiss": asking_faiss(folder, data)}
         if chosen.peers:
             engines |= peers(chosen, stack, data, scratch, prefix, into)
-        engines["ours"] = asking(ours, data)
-        (graph,) = (scratch / "store" / "c").glob("index-*.faiss")
-        engines["faiss"] = asking_faiss(faiss.read_index(str(graph)), data)
-        repeats = 2 if chosen.quick else 5
+        repeats = 2 if chosen.quick else 3
         unfiltered(engines, data, repeats, prefix, into)
         filtered(engines, data, repeats, prefix, into)
         store.backup(scratch / "served")
         store.close()
-        for file in (scratch / "store" / "c").glob("index-*"):
+        for file in folder.glob("index-*"):
             shutil.copy(file, scratch / "served" / "c" / file.name)
-        over_grpc(scratch / "served", engines["faiss"], data, repeats, prefix, into, stats.effort)
+        over_grpc(scratch / "served", engines["faiss"], data, repeats, prefix, into)
         startup(scratch / "store", prefix, into)
 
 
-def filled(store: Store, data: Data) -> LocalCollection:
-    """Our collection of the data, its graph built and its snapshot written."""
-    collection = store.create("c", dim=DIM, encoder_id="bench", index="hnsw")
+def filled(store: Store, data: Data, index: IndexKind) -> LocalCollection:
+    """Our collection of the data, its index built and its snapshot written."""
+    dim = data.vectors.shape[1]
+    collection = store.create("c", dim=dim, encoder_id="bench", index=index)
     for start in range(0, len(data.vectors), _AT_ONCE):
         part = data.vectors[start : start + _AT_ONCE]
         picks = data.picks[start : start + _AT_ONCE].tolist()
@@ -128,121 +133,61 @@ def peers(
     for name, file in files.items():
         np.save(file, getattr(data, name))
     found: dict[str, Ask] = {}
-    fewer = 8 if chosen.quick else 1
     for name in PEERS:
         if name == "milvus" and (chosen.quick or len(data.vectors) > _MILVUS_MOST):
             why = "takes minutes" if chosen.quick else f"not run above {_MILVUS_MOST:,}"
             into.facts[f"{prefix}milvus"] = why
             continue
-        peer = stack.enter_context(Peer(f"{name}_peer.py", **files))
+        try:
+            peer = stack.enter_context(Peer(f"{name}_peer.py", patience=_PATIENCE_S, **files))
+        except TimeoutError as error:
+            into.facts[f"{prefix}{name}"] = str(error)
+            continue
         into.facts[f"{prefix}{name} build_s"] = round(peer.setup["build_s"], 1)
         into.facts[f"{prefix}{name} peak_mb"] = peer.setup["peak_mb"]
-        found[name] = asking_peer(
-            peer, _SLOW.get(name, _ALL) // fewer, _SLOW_FILTERED.get(name, _ALL) // fewer
-        )
+        found[name] = asking_peer(peer, 1.0 if chosen.quick else 3.0)
     return found
-
-
-# How each is asked
-
-
-def asking(collection: LocalCollection, data: Data) -> Ask:
-    """Ours, in process."""
-
-    def ask(
-        count: int, batch: int, effort: int, below: int | None
-    ) -> tuple[float, Sequence[Sequence[int]]]:
-        condition = None if below is None else Range("pick", lt=below)
-        found = []
-        started = time.perf_counter()
-        for start in range(0, count, batch):
-            found += collection.search(
-                data.queries[start : start + batch],
-                K,
-                condition=condition,
-                with_metadata=False,
-                effort=effort,
-            )
-        seconds = time.perf_counter() - started
-        return count / seconds, [[int(hit.id) for hit in hits] for hits in found]
-
-    return ask
-
-
-def asking_faiss(index: Any, data: Data) -> Ask:
-    """FAISS and nothing else; under a filter the better of a masked walk and an exact scan."""
-    masks = {below: np.packbits(data.picks < below, bitorder="little") for below in SHARES.values()}
-    chosen = {below: np.flatnonzero(data.picks < below) for below in SHARES.values()}
-
-    def walk(queries: Vectors, effort: int, below: int | None) -> Any:
-        selector = None if below is None else faiss.IDSelectorBitmap(masks[below])
-        parameters = faiss.SearchParametersHNSW(efSearch=effort, sel=selector)
-        return index.search(queries, K, params=parameters)[1]
-
-    def scan(queries: Vectors, below: int) -> Any:
-        kept = chosen[below]
-        _, found = faiss.knn(queries, data.vectors[kept], K, faiss.METRIC_INNER_PRODUCT)
-        return kept[found]
-
-    def ask(
-        count: int, batch: int, effort: int, below: int | None
-    ) -> tuple[float, Sequence[Sequence[int]]]:
-        faiss.omp_set_num_threads(_CORES if batch > 1 else 1)  # the best for each
-        found: list[list[int]] = []
-        started = time.perf_counter()
-        for start in range(0, count, batch):
-            part = data.queries[start : start + batch]
-            exact = below is not None and below <= 10
-            ids = scan(part, below or 0) if exact else walk(part, effort, below)
-            found += ids.tolist()
-        return count / (time.perf_counter() - started), found
-
-    return ask
-
-
-def asking_peer(peer: Peer, most: int, most_filtered: int) -> Ask:
-    """A peer in its own process, asked so many queries a round at most."""
-
-    def ask(
-        count: int, batch: int, effort: int, below: int | None
-    ) -> tuple[float, Sequence[Sequence[int]]]:
-        limit = most if below is None else most_filtered
-        count = min(count, limit if batch > 1 else max(1, limit // 8))
-        answer = peer.ask(count=count, batch=batch, k=K, effort=effort, below=below)
-        return float(answer["queries_per_s"]), answer["ids"]
-
-    return ask
 
 
 # What is measured
 
 
 def unfiltered(
-    engines: dict[str, Ask], data: Data, repeats: int, prefix: str, into: Measured
+    engines: Mapping[str, Ask], data: Data, repeats: int, prefix: str, into: Measured
 ) -> None:
     """Queries/s at two recalls, in batches and one at a time."""
-    truth = data.truth(len(data.queries), K, None)
+    count = len(data.queries)
+    truth = data.truth(count, K, None)
+    _, found = engines["ours"](count, BATCH, None, None)
+    into.facts[f"{prefix}ours recall as tuned"] = round(recall_of(found, truth), 3)
+
+    def as_tuned(name: str) -> Callable[[], float]:
+        return lambda: engines[name](count, BATCH, None, None)[0]
+
+    both = {f"{name} as tuned": as_tuned(name) for name in ("ours", "faiss")}
+    tuned = interleaved(both, unit="queries/s", repeats=2 * repeats)
+    into.results |= {prefix + name: rate for name, rate in tuned.items()}
+    ratio = tuned["ours as tuned"].median / tuned["faiss as tuned"].median
+    into.ratios[f"{prefix}in_process_vs_faiss"] = ratio
     for target in (0.95, 0.99):
-        efforts = {name: least_effort(ask, truth, target, None) for name, ask in engines.items()}
+        efforts = least_efforts(engines, truth, target, None)
         for batch in (BATCH, 1):
             name = f"{prefix}recall {target} batch {batch}"
-            rates = rounds(engines, efforts, batch, None, repeats, len(data.queries))
+            rates = rounds(engines, efforts, batch, None, repeats, count)
             into.results |= {f"{name} {engine}": rate for engine, rate in rates.items()}
             versus(rates, f"{prefix}at_{target}_batch_{batch}_", into)
             if (target, batch) == (0.95, BATCH):
-                ratio = rates["ours"].median / rates["faiss"].median
-                into.ratios[f"{prefix}in_process_vs_faiss"] = ratio
                 versus(rates, prefix, into)
 
 
 def filtered(
-    engines: dict[str, Ask], data: Data, repeats: int, prefix: str, into: Measured
+    engines: Mapping[str, Ask], data: Data, repeats: int, prefix: str, into: Measured
 ) -> None:
     """Queries/s at a recall of .95 under filters, in batches."""
     count = min(256, len(data.queries))
     for share, below in SHARES.items():
         truth = data.truth(count, K, below)
-        efforts = {name: least_effort(ask, truth, 0.95, below) for name, ask in engines.items()}
+        efforts = least_efforts(engines, truth, 0.95, below)
         rates = rounds(engines, efforts, BATCH, below, repeats, count)
         into.results |= {f"{prefix}filter {share} {name}": rate for name, rate in rates.items()}
         versus(rates, f"{prefix}filtered_{share}_", into)
@@ -255,24 +200,31 @@ def versus(rates: dict[str, Rate], prefix: str, into: Measured) -> None:
             into.ratios[f"{prefix}vs_{name}"] = rates["ours"].median / rate.median
 
 
-def least_effort(ask: Ask, truth: np.ndarray, target: float, below: int | None) -> int:
-    """The cheapest of EFFORTS that finds so much; the last where none does."""
-    for effort in EFFORTS:
-        _, ids = ask(min(256, len(truth)), BATCH, effort, below)
-        recall = np.mean(
-            [
-                len({*found} & {*right.tolist()}) / K
-                for found, right in zip(ids, truth, strict=False)
-            ]
-        )
-        if recall >= target:
-            return effort
-    return EFFORTS[-1]
+def least_efforts(
+    engines: Mapping[str, Ask], truth: np.ndarray, target: float, below: int | None
+) -> dict[str, int]:
+    """The cheapest of EFFORTS by which each finds so much; the greatest where none does."""
+    count = min(512, len(truth))
+
+    def least(ask: Ask) -> int:
+        def recall(effort: int) -> float:
+            return recall_of(ask(count, BATCH, effort, below)[1], truth)
+
+        return EFFORTS[min(bisect_left(EFFORTS, target, key=recall), len(EFFORTS) - 1)]
+
+    efforts = {name: least(ask) for name, ask in engines.items() if name != "faiss"}
+    return efforts | {"faiss": efforts["ours"]}  # the same index at the same effort
+
+
+def recall_of(found: Sequence[Sequence[int]], truth: np.ndarray) -> float:
+    """The part of the right ones among what was found, for as many queries as were answered."""
+    shares = [len({*ids} & {*right.tolist()}) / K for ids, right in zip(found, truth, strict=False)]
+    return float(np.mean(shares))
 
 
 def rounds(
-    engines: dict[str, Ask],
-    efforts: dict[str, int],
+    engines: Mapping[str, Ask],
+    efforts: Mapping[str, int],
     batch: int,
     below: int | None,
     repeats: int,
@@ -294,20 +246,19 @@ def over_grpc(
     repeats: int,
     prefix: str,
     into: Measured,
-    effort: int | None,
 ) -> None:
     """One client and many, and batches, against raw FAISS at the effort the server is tuned to."""
     with Server(path) as server, Client(server.address) as client, ThreadPoolExecutor(16) as pool:
-        asked = SearchOptions(k=K, with_metadata=False)
+        asked = SearchOptions(k=K)
         parts = [
             data.queries[start : start + BATCH] for start in range(0, len(data.queries), BATCH)
         ]
 
-        def single(query: Vectors) -> None:
-            client.search_many("c", asked, vectors=query[None])
+        def single(query: np.ndarray) -> None:
+            client.search_columns("c", query[None], asked)
 
-        def batch(part: Vectors) -> None:
-            client.search_many("c", asked, vectors=part)
+        def batch(part: np.ndarray) -> None:
+            client.search_columns("c", part, asked)
 
         def one() -> float:
             return timed(lambda: list(map(single, data.queries[:256])), 256)
@@ -326,7 +277,7 @@ def over_grpc(
                 "gRPC, 1 client": one,
                 "gRPC, 16 clients": many,
                 f"gRPC, batches of {BATCH}": batches,
-                "faiss as served": lambda: raw(len(data.queries), BATCH, effort or 1, None)[0],
+                "faiss as served": lambda: raw(len(data.queries), BATCH, None, None)[0],
             },
             unit="queries/s",
             repeats=repeats,

@@ -1,7 +1,9 @@
 """Vectors for benchmarks/search.py: synthetic ones that are not too kind, and real pictures."""
 
 import io
+import itertools
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from byol_serving.bundle import load_bundle
+from byol_serving.encoder import Encoder
+from byol_serving.images import load_input
+
 faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
 
 Vectors = NDArray[np.float32]
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "train.tar"
 DIM = 128
+_EMBED_AT_ONCE = 64
 PICKS = 1000
 """Items carry `pick`, 0 to 999 evenly: `pick < n` keeps n in a thousand."""
 
@@ -67,20 +74,44 @@ def clustered(count: int, queries: int) -> Data:
 
 def pictures(queries: int) -> Data:
     """CIFAR-10's training images as pixels, reduced to 128 principal components."""
-    rows = []
+    pixels = np.stack(
+        [
+            np.asarray(Image.open(io.BytesIO(data)).convert("RGB").reduce(2), np.float32).ravel()
+            for data in _files()
+        ]
+    )
+    pixels -= pixels.mean(axis=0)
+    _, vectors = np.linalg.eigh(pixels.T @ pixels)
+    return _split("CIFAR-10 pixels", (pixels @ vectors[:, -DIM:]).astype(np.float32), queries)
+
+
+def embedded(bundle: Path, queries: int) -> Data:
+    """CIFAR-10's training images as the encoder of a bundle embeds them."""
+    encoder = Encoder(load_bundle(bundle))
+    how = encoder.bundle.info.preprocess
+    batches = _batched(_files(), _EMBED_AT_ONCE)
+    rows = [encoder.embed(np.stack([load_input(data, how) for data in each])) for each in batches]
+    return _split(f"CIFAR-10 by {encoder.bundle.info.name}", np.concatenate(rows), queries)
+
+
+def _files() -> Iterator[bytes]:
     with tarfile.open(CIFAR) as tar:
         for member in tar:
             file = tar.extractfile(member) if member.isfile() else None
             if file is not None:
-                with Image.open(io.BytesIO(file.read())) as image:
-                    rows.append(np.asarray(image.convert("RGB").reduce(2), np.float32).ravel())
-    pixels = np.stack(rows)
-    pixels -= pixels.mean(axis=0)
-    order = np.random.default_rng(0).permutation(len(pixels))
-    _, vectors = np.linalg.eigh(pixels.T @ pixels)
-    reduced = _unit(np.ascontiguousarray((pixels @ vectors[:, -DIM:])[order], np.float32))
-    name = f"{len(reduced) - queries:,} x {DIM} CIFAR-10 pixels"
-    return _data(name, reduced[queries:], reduced[:queries])
+                yield file.read()
+
+
+def _batched(files: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    while some := list(itertools.islice(files, size)):
+        yield some
+
+
+def _split(name: str, rows: Vectors, queries: int) -> Data:
+    """Some of the pictures as queries, the others to be searched."""
+    mixed = _unit(rows[np.random.default_rng(0).permutation(len(rows))])
+    name = f"{len(mixed) - queries:,} x {mixed.shape[1]} {name}"
+    return _data(name, mixed[queries:], mixed[:queries])
 
 
 def _data(name: str, vectors: Vectors, queries: Vectors) -> Data:

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,8 +50,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         np.save(f"{scratch}/pixels.npy", pixels[:batch])
-        setup: dict[str, Any] = {"pixels": f"{scratch}/pixels.npy", "hidden": 4096, "out": 256}
-        with Peer("lightly_peer.py", **setup) as lightly:
+        pixels_file = f"{scratch}/pixels.npy"
+        with Peer("lightly_peer.py", pixels=pixels_file, hidden=4096, out=256) as lightly:
             candidates["lightly"] = lambda: float(lightly.ask(steps=steps)["images_per_s"])
             finish(chosen, interleaved(candidates, unit="images/s", repeats=repeats), batch)
 

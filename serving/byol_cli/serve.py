@@ -57,6 +57,12 @@ def _read_file(context: click.Context, _: click.Parameter, path: Path | None) ->
 @click.option("--models", type=_PATH, help="Folder of more bundles, NAME/VERSION/.")
 @click.option("--default-model", default="", help="Model of requests that name none.")
 @click.option("--store", help="Folder of the collections, or milvus:ADDRESS.")
+@click.option(
+    "--index-gpu-memory",
+    default=0,
+    show_default=True,
+    help="Bytes of GPU memory for copies of indexes; 0: none.",
+)
 @click.option("--backups", type=_PATH, help="Folder of their backups.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=50051, show_default=True, help="Port; 0 lets the system choose.")

@@ -2,29 +2,31 @@
 
 While every worker is busy, requests queue; a worker that becomes free takes what is queued, up to
 `max_batch`. So an idle server answers at the speed of one call, a loaded one fills its batches, and
-there is no delay to tune. The server uses this twice: once for decoding, once for inference.
+there is no delay to tune. The server uses this twice, once for decoding and once for inference, or
+once for both where the encoder takes less time than another thread takes to wake up.
 
-`Budget` is what bounds the queue: images and bytes that were accepted and not yet answered, over
-all steps. Over it a request is refused at once, before any work is spent on it.
+What bounds the queue is a `byol_serving.budget.Budget`.
 """
 
 import asyncio
 import logging
+import math
 import queue
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import Generic, Self, TypeVar, cast
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_serving.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
+from byol_serving.errors import DeadlinePassed, Unavailable
 from byol_serving.timing import BatchRun, Step, note
 
 Item = TypeVar("Item")
@@ -33,11 +35,11 @@ Results = TypeVar("Results", bound=Sequence[object] | NDArray[np.generic])
 
 log = logging.getLogger(__name__)
 
-_STREAM_SHARE = 0.75
-"""Part of the budget that streams may fill."""
+_PATIENCE_S = 0.01
+"""A batch of small items takes less."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Job(Generic[Item, Results]):
     """One request's items, and what has come back for them so far."""
 
@@ -49,7 +51,8 @@ class _Job(Generic[Item, Results]):
     parts: dict[int, Results] = field(default_factory=dict)
     queued: float = field(default_factory=time.perf_counter)
     began: float = 0.0
-    ended: float = 0.0
+    ended: Sequence[float] = ()
+    """When each step of the last batch was done."""
 
 
 _Slice = tuple[_Job[Item, Results], int, int]
@@ -63,30 +66,41 @@ class Batcher(Generic[Item, Results]):
 
     def __init__(
         self,
-        run: Callable[[list[Item]], Results],
+        run: Callable[[list[Item]], Any],
         *,
+        then: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
         max_batch: int,
         workers: int = 1,
         share: bool = False,
+        turn_s: float = math.inf,
+        one_below_s: float = 0.0,
         name: str = "batch",
-        watch: Callable[[BatchRun], None] | None = None,
+        watch: Callable[[str, BatchRun], None] | None = None,
     ) -> None:
         """Starts nothing yet; threads come with the first batches.
 
         Args:
             run: answers a batch with as many results, in order; blocks; called from `workers`
                 threads at a time. If it raises, every request in the batch gets the exception.
+            then: further steps by name; each is given what the one before returned, at once and in
+                the same thread. What the last one returns are the results. Exceptions among the
+                items are what became of them before: they are passed on, and do not count.
             max_batch: items in one call of `run`.
             workers: calls of `run` at a time.
             share: divide what is queued among the free workers instead of filling one batch.
-            name: of the threads, and of the step in a call's times.
-            watch: told of each batch when it is done, on the event loop.
+            turn_s: CPU time that a batch should take at most, so that answers come evenly.
+            one_below_s: while an item takes less CPU time than this, one worker takes them all:
+                threads that share Python's lock lose more by waiting for each other than they win.
+            name: of the threads, and of `run` as a step in a call's times.
+            watch: told of each step of each batch when the batch is done, on the event loop.
         """
         self._name = name
         self._watch = watch
-        self._run = run
+        self._steps = {name: run, **then}
         self._max_batch = max_batch
         self._share = share
+        self._turn_s = turn_s
+        self._one_below_s = one_below_s
         self._free = workers
         self._queue: deque[_Job[Item, Results]] = deque()
         self._queued = 0
@@ -96,7 +110,10 @@ class Batcher(Generic[Item, Results]):
         self._threads: list[threading.Thread] = []
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.seconds_per_item = 0.0
-        """Moving average of the wall time that `run` takes for one item."""
+        """Moving average of the wall time that one item takes."""
+        self._cpu_per_item = math.inf
+        self._left = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def queued(self) -> int:
@@ -130,7 +147,10 @@ class Batcher(Generic[Item, Results]):
             self._pump_scheduled = True
             loop.call_soon(self._pump, loop)
         results = await job.future
-        note(Step(self._name, len(items), job.queued, job.began, job.ended))
+        queued, began = job.queued, job.began
+        for name, ended in zip(self._steps, job.ended, strict=True):
+            note(Step(name, len(items), queued, began, ended))
+            queued = began = ended
         return results
 
     async def close(self) -> None:
@@ -141,6 +161,8 @@ class Batcher(Generic[Item, Results]):
                 job.future.set_exception(Unavailable("the server stopped before this was done"))
         self._queue.clear()
         self._queued = 0
+        if self._timer is not None:
+            self._timer.cancel()
         for _ in self._threads:
             self._todo.put(None)
         for thread in self._threads:
@@ -148,17 +170,42 @@ class Batcher(Generic[Item, Results]):
 
     def _pump(self, loop: asyncio.AbstractEventLoop) -> None:
         self._pump_scheduled = False
+        one = self._cpu_per_item < self._one_below_s
         while self._free and not self._closed:
-            size = self._max_batch
-            if self._share:
+            if one and self._free < self._workers and self._one_is_due(loop):
+                return
+            size = self._at_a_turn()
+            if self._share and not one:
                 size = min(size, -(-self._queued // self._free))
             slices = self._take(size)
             if not slices:
                 return
             self._free -= 1
+            self._left = time.perf_counter()
             if len(self._threads) < self._workers:
                 self._add_thread()
             self._todo.put(partial(self._work, loop, slices))
+
+    def _at_a_turn(self) -> int:
+        """Items that a batch may have, by their number and by the time that they take."""
+        if math.inf in (self._turn_s, self._cpu_per_item):
+            return self._max_batch
+        return max(1, min(self._max_batch, int(self._turn_s / max(self._cpu_per_item, 1e-6))))
+
+    def _one_is_due(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether the worker that has the small items can be expected back soon.
+
+        It may have met a large one; then the others are not to wait behind it.
+        """
+        if time.perf_counter() - self._left > _PATIENCE_S:
+            return False
+        if self._timer is None:
+            self._timer = loop.call_later(_PATIENCE_S, self._look_again, loop)
+        return True
+
+    def _look_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        self._pump(loop)
 
     def _add_thread(self) -> None:
         # Not an executor: its futures and locks cost as much as decoding a thumbnail does.
@@ -213,18 +260,22 @@ class Batcher(Generic[Item, Results]):
 
     def _work(self, loop: asyncio.AbstractEventLoop, slices: list[_Slice[Item, Results]]) -> None:
         """Runs in a worker thread."""
-        began = time.perf_counter()
-        results: Results | BaseException
-        items = [item for job, start, end in slices for item in job.items[start:end]]
+        times, used = [time.perf_counter()], -time.thread_time()
+        results: Any = [item for job, start, end in slices for item in job.items[start:end]]
+        counts: list[int] = []
         try:
-            results = self._run(items)
-            if len(results) != len(items):
-                results = RuntimeError(f"{len(items)} items gave {len(results)} results")
+            for step in self._steps.values():
+                counts.append(sum(not isinstance(each, Exception) for each in results))
+                results = step(results)
+                times.append(time.perf_counter())
+            if len(results) != counts[0]:
+                results = RuntimeError(f"{counts[0]} items gave {len(results)} results")
         except BaseException as error:
             results = error
-        took = time.perf_counter() - began
+            times.append(time.perf_counter())
+        used += time.thread_time()
         try:
-            loop.call_soon_threadsafe(self._deliver, loop, slices, results, took / len(items))
+            loop.call_soon_threadsafe(self._deliver, loop, slices, results, times, counts, used)
         except RuntimeError:  # the loop is closed: nobody waits for the answer
             log.debug("a batch finished after its event loop closed")
 
@@ -233,12 +284,18 @@ class Batcher(Generic[Item, Results]):
         loop: asyncio.AbstractEventLoop,
         slices: list[_Slice[Item, Results]],
         results: Results | BaseException,
-        seconds: float,
+        times: list[float],
+        counts: list[int],
+        used: float,
     ) -> None:
         self._free += 1
-        self.seconds_per_item += (seconds - self.seconds_per_item) * 0.2
+        pace = (times[-1] - times[0]) / counts[0]
+        self.seconds_per_item += (pace - self.seconds_per_item) * 0.2
+        cpu = used / counts[0]
+        before = cpu if math.isinf(self._cpu_per_item) else self._cpu_per_item
+        self._cpu_per_item = before + (cpu - before) * 0.2
         self._pump(loop)  # first, so that the worker is busy again while answers are handed out
-        offset, ended = 0, time.perf_counter()
+        offset = 0
         for job, start, end in slices:
             count = end - start
             if not job.future.done():
@@ -248,12 +305,17 @@ class Batcher(Generic[Item, Results]):
                     job.parts[start] = cast(Results, results[offset : offset + count])
                     job.done += count
                     if job.done == len(job.items):
-                        job.ended = ended
+                        job.ended = times[1:]
                         job.future.set_result([job.parts[at] for at in sorted(job.parts)])
             offset += count
         if self._watch is not None:
             waits = [job.began - job.queued for job, start, _ in slices if start == 0]
-            self._watch(BatchRun(offset, seconds * offset, waits))
+            for name, items, (began, ended) in zip(
+                self._steps, counts, pairwise(times), strict=False
+            ):
+                if items:
+                    self._watch(name, BatchRun(items, ended - began, waits))
+                waits = [0.0] * len(waits)  # a later step begins where the one before ends
 
 
 def _wanted(job: _Job[Item, Results], now: float) -> bool:
@@ -266,109 +328,3 @@ def _wanted(job: _Job[Item, Results], now: float) -> bool:
         )
         return False
     return True
-
-
-class Budget:
-    """Images and bytes that were accepted and are not yet answered."""
-
-    def __init__(
-        self, *, max_images: int, max_bytes: int, seconds_per_image: Callable[[], float]
-    ) -> None:
-        """`seconds_per_image` is the present pace, for the hint when to try again."""
-        self.max_images, self.max_bytes = max_images, max_bytes
-        self.images = self.bytes = 0
-        self._pace = seconds_per_image
-        self._waiting: deque[tuple[asyncio.Future[None], Claim]] = deque()
-
-    def claim(self, images: int, size: int) -> "Claim":
-        """Room for a request, until the claim's `with` block ends.
-
-        Raises:
-            InvalidRequest: it would not fit an empty server.
-            Overloaded: it does not fit now; with a hint when it might.
-        """
-        claim = self._possible(images, size)
-        if not self._fits(claim, share=1.0):
-            raise Overloaded(
-                f"{self.images} images ({self.bytes} bytes) are queued and {images} more exceed"
-                f" the limit of {self.max_images} images ({self.max_bytes} bytes); try again later",
-                retry_after_s=min(10.0, max(0.01, self.images * self._pace())),
-            )
-        return self._grant(claim)
-
-    async def wait_for(self, images: int, size: int) -> "Claim":
-        """As `claim`, but waits for room, first come first served.
-
-        For streams, whose flow control then holds the sender back. They fill three quarters at
-        most, so that bulk work leaves room for the requests of people who wait.
-        """
-        claim = self._possible(images, size)
-        if not self._waiting and self._fits(claim, share=_STREAM_SHARE):
-            return self._grant(claim)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((future, claim))
-        try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self._give_back(claim)  # granted in the same turn as the cancellation
-            raise
-        finally:
-            self._wake()
-        return claim
-
-    def _possible(self, images: int, size: int) -> "Claim":
-        if images > self.max_images or size > self.max_bytes:
-            raise InvalidRequest(
-                f"{images} images ({size} bytes with their pixels) can never fit the queue of"
-                f" {self.max_images} images ({self.max_bytes} bytes); send fewer in a request"
-            )
-        return Claim(self, images, size)
-
-    def _fits(self, claim: "Claim", share: float) -> bool:
-        """Whether the claim leaves the budget within `share` of its limits, or is alone in it."""
-        return self.images == 0 or (
-            self.images + claim.images <= self.max_images * share
-            and self.bytes + claim.size <= self.max_bytes * share
-        )
-
-    def _grant(self, claim: "Claim") -> "Claim":
-        self.images += claim.images
-        self.bytes += claim.size
-        return claim
-
-    def _give_back(self, claim: "Claim") -> None:
-        self.images -= claim.images
-        self.bytes -= claim.size
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting:
-            future, claim = self._waiting[0]
-            if not future.done():
-                if not self._fits(claim, share=_STREAM_SHARE):
-                    return
-                self._grant(claim)
-                future.set_result(None)
-            self._waiting.popleft()
-
-
-class Claim:
-    """Room in a `Budget`, given back when the `with` block ends."""
-
-    def __init__(self, budget: Budget, images: int, size: int) -> None:
-        """Made by the budget only."""
-        self._budget, self.images, self.size = budget, images, size
-
-    def __enter__(self) -> Self:
-        """The claim itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Gives the room back, and wakes who waits for it."""
-        self._budget._give_back(self)

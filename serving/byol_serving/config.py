@@ -47,6 +47,8 @@ class ServeConfig:
     store: Path | str | None = None
     """Folder of the collections, or `milvus:` and an address (see `collections.opening`); without
     one the server only embeds."""
+    index_gpu_memory: int = 0
+    """Bytes of GPU memory that copies of a local store's indexes may take; 0: none are made."""
     backups: Path | None = None
     """Folder of backups; without one Backup and Restore are refused."""
     host: str = "127.0.0.1"
@@ -102,6 +104,7 @@ class ServeConfig:
         if self.bundle is None and self.models is None and self.store is None:
             raise InvalidConfig("neither bundle nor store: give --bundle, --models or --store")
         for name, low, high in (
+            ("index_gpu_memory", 0, 2**50),
             ("port", 0, 65535),
             ("threads", 0, 1024),
             ("inference_workers", 0, 64),

@@ -5,7 +5,8 @@ How the sessions are laid out, by measurement on a CPU (docs/performance.md):
 - Batches share one session with few intra-op threads, run by several Python threads at a time:
   ResNet-18 at 224 does 20% more images/s in two such threads than in one that uses both cores.
 - A single image that finds the encoder idle runs in a second session with all cores, because
-  nobody else wants them and half the latency is worth a second copy of the weights.
+  nobody else wants them and half the latency is worth a second copy of the weights. Where that
+  saves less than a quarter (small encoders lose by waking threads), the session is dropped again.
 - No spinning: it brings nothing under load, and doubles the CPU time of an idle server.
 - The arena stays on: without it a third of the throughput is lost to allocation.
 
@@ -38,6 +39,9 @@ GPU_WORKERS = 2
 """One batch computes while the next is stacked and copied."""
 GPU_MAX_BATCH = 128
 """The largest padded size; larger arrays are embedded in pieces."""
+
+_WORTH_A_COPY = 0.75
+"""Part of the time of a single image that all cores must not exceed."""
 
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -111,6 +115,11 @@ class Encoder:
         return self.bundle.info.dim
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether inference runs beside the CPU's work."""
+        return self._padded is not None
+
+    @property
     def image_size(self) -> int:
         """Height and width S of the input."""
         return self.bundle.info.preprocess.size
@@ -167,10 +176,14 @@ class Encoder:
         """
         blank = np.zeros((max_batch, self.image_size, self.image_size, 3), np.uint8)
         if self._padded is None:
-            for session in {self._session, self._alone}:
-                session.run(["embedding"], {"images": blank[:1]})
             run = self._session.run
-            return measure_curve(lambda n: run(["embedding"], {"images": blank[:n]}), max_batch)
+            curve = measure_curve(lambda n: run(["embedding"], {"images": blank[:n]}), max_batch)
+            if self._alone is not self._session:
+                wide = self._alone.run
+                alone = measure_curve(lambda n: wide(["embedding"], {"images": blank[:n]}), 1)
+                if alone.seconds[1] > _WORTH_A_COPY * curve.seconds[1]:
+                    self._alone = self._session
+            return curve
         runners = [self._padded.get() for _ in range(self.workers)]
         for runner in runners:
             for batch in sizes_up_to(min(max_batch, GPU_MAX_BATCH)):

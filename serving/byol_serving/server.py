@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -55,6 +56,14 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 _MOST_IN_A_BATCH = 64
 """Where the configuration leaves it to measurement: larger ones make others wait too long."""
+
+_SWITCH_S = 0.001
+"""How long a thread waits for Python's lock before it asks for it. Decoding gives the lock up for
+each image, and by default had to wait 5 ms behind a busy event loop."""
+
+_QUICK_S = 0.0005
+"""An inference of one image in less than this is done where the image is decoded: waking another
+thread, and taking the interpreter's lock there, costs as much."""
 
 SERVICES: Sequence[str] = tuple(
     service.full_name
@@ -131,8 +140,10 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
             models, shelf, partial(_load, config, watching), partial(_say_health, health)
         )
         await keeper.start(config.default_model)
-        store = None if config.store is None else await asyncio.to_thread(open_store, config.store)
-        if store is not None:
+        store = None
+        if config.store is not None:
+            gpu_memory = config.index_gpu_memory
+            store = await asyncio.to_thread(open_store, config.store, gpu_memory=gpu_memory)
             stack.push_async_callback(asyncio.to_thread, store.close)
         blocking = BlockingCalls(config.collection_workers)
         stack.push_async_callback(asyncio.to_thread, blocking.close)
@@ -160,6 +171,7 @@ def run_server(config: ServeConfig, on_ready: Callable[[str], None] = lambda add
     """
     # What lives as long as the process need not be searched again and again, and calls leave few
     # cycles: rarer collections save 3% of the time for a little memory.
+    sys.setswitchinterval(_SWITCH_S)
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -224,10 +236,23 @@ def _load(
     )
     curve = encoder.warm_up(config.max_batch or _MOST_IN_A_BATCH)
     max_batch = config.max_batch or curve.best
-    log.info("workers=%d max_batch=%d", encoder.workers, max_batch)
+    # Who says how many inferences may run at a time gets threads for them.
+    together = not (config.inference_workers or encoder.on_gpu) and curve.seconds[1] < _QUICK_S
+    log.info(
+        "workers=%d max_batch=%d%s",
+        encoder.workers,
+        max_batch,
+        " in the decoding threads" if together else "",
+    )
     config = replace(config, inference_workers=encoder.workers, max_batch=max_batch)
     watch = watching.batches(name)
-    pipeline = Pipeline(encoder.embed, bundle.info.preprocess, config, watch=watch)
+    pipeline = Pipeline(
+        encoder.embed,
+        bundle.info.preprocess,
+        config,
+        together=together,
+        watch=watch,
+    )
     features = Features(encoder.extract, pipeline, bundle.info, config, watch=watch)
     return Model(
         name=name,

@@ -20,6 +20,7 @@ from byol_serving.collections.exact import (
     rescored,
     share_cores,
 )
+from byol_serving.collections.gpu import Copy, Gpu
 from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.tuning import RECALL_AT, Tuning, tuned
 from byol_serving.collections.types import Vectors
@@ -198,8 +199,7 @@ class Approximate:
             kept: the share of set bits: the smaller, the wider the search.
             effort: instead of the tuned one.
         """
-        if effort is None:
-            effort = self.tuning.effort if kept == 1 else self._widened(max(kept, 0.05))
+        effort = effort or self._effort(kept)
         # More effort than was tuned is asked for to miss less: then also more near misses compete.
         depth = self.tuning.depth * math.sqrt(max(1.0, effort / self.tuning.effort))
         covered = min(self.size, len(vectors))
@@ -215,6 +215,33 @@ class Approximate:
                     queries[some], k, vectors, covered, bits, effort, depth
                 )
             return found, covered
+
+    def copied(self, gpu: Gpu) -> Copy | None:
+        """A copy on a GPU, of a kind that can be there; None where it does not fit."""
+        with self.lock.reading:
+            return gpu.copy_lists(self.kind, self._index, self.nbytes)
+
+    def search_copy(
+        self,
+        copy: Copy,
+        queries: Vectors,
+        k: int,
+        vectors: Vectors,
+        alive: Bits | None,
+        kept: float,
+        *,
+        effort: int | None = None,
+    ) -> tuple[Found, int] | None:
+        """As `search`, by its copy on a GPU; None where that cannot."""
+        lists = min(effort or self._effort(kept), self._lists)
+        asked = kinds.candidates(self.kind, k, self.tuning.depth)
+        found = copy.search(queries, asked, alive, lists)
+        if found is not None and kinds.is_lossy(self.kind):
+            found = rescored(queries, vectors, found[1], k)
+        return None if found is None else (found, copy.size)
+
+    def _effort(self, kept: float) -> int:
+        return self.tuning.effort if kept == 1 else self._widened(max(kept, 0.05))
 
     def _widened(self, kept: float) -> int:
         """The effort where a mask keeps this share, between and beyond the two that were tuned."""

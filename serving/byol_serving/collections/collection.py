@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from byol_serving.collections import checks, database, loading, paging, rows, snapshot
+from byol_serving.collections.committing import Batch, Committing
 from byol_serving.collections.database import Database
 from byol_serving.collections.disk import publish
 from byol_serving.collections.exact import Found
@@ -54,6 +55,7 @@ class LocalCollection:
         self._folder = folder
         self._gone: ByolError | None = None
         self._writing = threading.Lock()
+        self._committing = Committing(self._commit)
         self._database = Database(folder / database.FILE, read_only=read_only)
         try:
             with self._database.reading() as connection:
@@ -122,16 +124,9 @@ class LocalCollection:
             texts = [checks.metadata_text(each, i) for i, each in enumerate(metadata)]
         if not names:
             return UpsertCounts(inserted=0, updated=0)
-        with self._writing:
-            self._view()
-            self._index.reserve(len(names))
-            with self._database.writing() as connection:
-                seq = rows.next_seq(connection)
-                gone = rows.remove(connection, names)
-                added = rows.insert(connection, seq, names, texts, unit)
-            self._index.apply(seq, added, names, unit, gone)
+        counts = self._committing.upsert(Batch(ids=names, texts=texts, vectors=unit))
         self._upkeep.changed(len(names))
-        return UpsertCounts(inserted=len(names) - len(gone), updated=len(gone))
+        return counts
 
     def set_metadata(self, ids: Sequence[str], metadata: Sequence[Metadata]) -> None:
         """Replaces metadata only. Raises UnknownId, and then nothing is changed."""
@@ -278,6 +273,7 @@ class LocalCollection:
         self._upkeep.stop(snapshot=keep and not self._database.read_only)
         with self._writing:
             self._gone = reason
+            self._index.leave_gpu()
             self._database.close()
 
     # Inside
@@ -301,6 +297,22 @@ class LocalCollection:
                 self._index.apply(seq, [], [], np.empty((0, self.dim), np.float32), gone)
         self._upkeep.changed(len(gone))
         return len(gone)
+
+    def _commit(self, batches: Sequence[Batch]) -> None:
+        with self._writing:
+            self._view()
+            self._index.reserve(sum(len(batch.ids) for batch in batches))
+            changes = []
+            with self._database.writing() as connection:
+                for batch in batches:
+                    seq = rows.next_seq(connection)
+                    gone = rows.remove(connection, batch.ids)
+                    added = rows.insert(connection, seq, batch.ids, batch.texts, batch.vectors)
+                    changes.append((batch, seq, added, gone))
+            for batch, seq, added, gone in changes:
+                self._index.apply(seq, added, batch.ids, batch.vectors, gone)
+                new = len(batch.ids) - len(gone)
+                batch.counts = UpsertCounts(inserted=new, updated=len(gone))
 
     def _find(
         self, unit: Vectors, k: int, condition: Filter | None, effort: int | None

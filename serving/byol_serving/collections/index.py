@@ -25,6 +25,7 @@ from byol_serving.collections.exact import (
     pack,
     unpack,
 )
+from byol_serving.collections.gpu import Gpu, Placement
 from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.types import IndexKind, Vectors
 
@@ -48,6 +49,8 @@ class IndexOptions:
     """Vectors scanned beside the approximate index before they are added to it."""
     snapshot_every: int = 200_000
     """Changes after which a snapshot is written in the background."""
+    gpu: Gpu | None = None
+    """Where copies of the indexes are searched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class Index:
         self.options = options
         self._lock = threading.Lock()
         self._maintaining = threading.Lock()
+        self._placement = Placement(options.gpu)
         self._view = View(
             seq=0,
             size=0,
@@ -143,8 +147,7 @@ class Index:
     def search(self, view: View, queries: Vectors, k: int, effort: int | None = None) -> Found:
         """The k best of each query (float32 [Q, D], unit) in the view."""
         if view.approximate is None:
-            vectors = view.vectors[: view.size]
-            return nearest(queries, vectors, k, view.alive, view.dead)
+            return self._exactly(view, queries, k)
         return self._approximately(view, view.approximate, queries, k, None, effort)
 
     def search_among(
@@ -155,6 +158,16 @@ class Index:
         if view.approximate is None or few:
             return nearest_among(queries, view.vectors[: view.size], chosen, k)
         return self._approximately(view, view.approximate, queries, k, chosen, effort)
+
+    def _exactly(self, view: View, queries: Vectors, k: int) -> Found:
+        vectors = view.vectors[: view.size]
+        copy = self._placement.copy_of(view)
+        if copy is not None:
+            bits = view.alive if view.dead else None
+            found = copy.search(queries, k, bits, None)
+            if found is not None:
+                return _with_rest(found, copy.size, queries, k, vectors, bits)
+        return nearest(queries, vectors, k, view.alive, view.dead)
 
     def _approximately(
         self,
@@ -172,14 +185,15 @@ class Index:
             mask = np.zeros(view.size, np.bool_)
             mask[chosen] = True
             bits = pack(mask)
-        found, covered = approximate.search(
-            queries, k, vectors, bits, count / max(view.size, 1), effort=effort
-        )
-        if covered < view.size:
-            rest = np.arange(covered, view.size)
-            if bits is not None:
-                rest = rest[bits_at(bits, rest)]
-            found = merged(found, nearest_among(queries, vectors, rest, k), k)
+        share = count / max(view.size, 1)
+        copy = self._placement.copy_of(view)
+        answer = None
+        if copy is not None:
+            answer = approximate.search_copy(copy, queries, k, vectors, bits, share, effort=effort)
+        if answer is None:
+            answer = approximate.search(queries, k, vectors, bits, share, effort=effort)
+        found, covered = answer
+        found = _with_rest(found, covered, queries, k, vectors, bits)
         # A graph walk may end early between masked nodes; k are there, so such a query is scanned.
         wanted = min(k, count)
         if wanted and (found[1][:, wanted - 1] < 0).any():
@@ -212,7 +226,11 @@ class Index:
                 if view.size - covered >= options.absorb_from:
                     view.approximate.add(view.vectors[covered : view.size], stopping)
                     return True
-            return False
+            return self._placement.renew(view)
+
+    def leave_gpu(self) -> None:
+        """Gives back what is taken of a GPU; after upkeep has ended."""
+        self._placement.leave()
 
     @property
     def maintaining(self) -> threading.Lock:
@@ -269,6 +287,18 @@ class Index:
                 approximate=approximate,
                 generation=now.generation + 1,
             )
+
+
+def _with_rest(
+    found: Found, covered: int, queries: Vectors, k: int, vectors: Vectors, bits: Bits | None
+) -> Found:
+    """An answer over the first `covered` vectors, and over the others that are alive."""
+    if covered == len(vectors):
+        return found
+    rest = np.arange(covered, len(vectors))
+    if bits is not None:
+        rest = rest[bits_at(bits, rest)]
+    return merged(found, nearest_among(queries, vectors, rest, k), k)
 
 
 def _with_room(view: View, count: int) -> View:

@@ -2,13 +2,16 @@
 
     index-<seq>.vectors   rows int64 [N], then vectors float32 [N, D]
     index-<seq>.faiss     the approximate index, if there is one
-    index-<seq>.json      the manifest, written last: what the others must be, byte for byte
+    index-<seq>.json      the manifest, written last: what the others must be, byte for byte, and
+                          a checksum of its own: a digit of `effort` may not change unseen
 
 FAISS itself loads files with flipped bits without a word, hence checksums of our own.
 """
 
 import json
 import logging
+import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from byol_serving.collections.tuning import Tuning
 from byol_serving.collections.types import Vectors
 
 _log = logging.getLogger(__name__)
-_FORMAT = 3
+_FORMAT = 4
 _KEEP = 2
 
 
@@ -92,7 +95,7 @@ def write(folder: Path, collection: str, index: Index) -> int:
         target=tuning.target,
     )
     final = base.with_suffix(".json")
-    _aside(final).write_text(json.dumps(asdict(manifest)))
+    _aside(final).write_text(sealed(asdict(manifest)))
     publish(_aside(final), final)
     _prune(folder)
     return view.seq
@@ -107,13 +110,26 @@ def newest(folder: Path, collection: str, dim: int, seq: int, *, repair: bool) -
     for path in sorted(folder.glob("index-*.json"), reverse=True):
         try:
             return _load(path, collection, dim, seq)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RuntimeError,
+            MemoryError,
+        ) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             _log.warning("snapshot %s is not used: %s; rebuilding from the store", path, reason)
             if repair:
                 path.unlink()
                 sync(folder)
     return None
+
+
+def sealed(facts: Mapping[str, object]) -> str:
+    """A manifest's text, with its checksum."""
+    return json.dumps({**facts, "crc": _crc(facts)})
 
 
 def discard(folder: Path) -> None:
@@ -124,7 +140,10 @@ def discard(folder: Path) -> None:
 
 
 def _load(path: Path, collection: str, dim: int, seq: int) -> Loaded:
-    manifest = Manifest(**json.loads(path.read_text()))
+    facts = json.loads(path.read_text())
+    if facts.pop("crc") != _crc(facts):
+        raise ValueError("its manifest fails its checksum")
+    manifest = Manifest(**facts)
     if manifest.format != _FORMAT or manifest.collection != collection or manifest.dim != dim:
         raise ValueError("it belongs to another collection or version")
     if manifest.seq > seq:
@@ -162,6 +181,10 @@ def _prune(folder: Path) -> None:
     for path in folder.glob("index-*"):
         if path.name.split(".")[0] not in kept:
             path.unlink(missing_ok=True)
+
+
+def _crc(facts: Mapping[str, object]) -> int:
+    return zlib.crc32(json.dumps(facts).encode())
 
 
 def _aside(path: Path) -> Path:

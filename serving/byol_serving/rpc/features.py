@@ -6,7 +6,6 @@ the images that wait, and an answer that could not be sent is refused before any
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +54,7 @@ class Features:
             max_batch=config.max_batch,
             workers=config.inference_workers,
             name="features",
-            watch=partial(watch, "features") if watch else None,
+            watch=watch,
         )
 
     def stage(self, name: str) -> FeatureMap:

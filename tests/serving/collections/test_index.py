@@ -10,6 +10,7 @@ import pytest
 
 from byol_serving.collections import kinds, tuning
 from byol_serving.collections.approximate import Approximate, ReadersWriter, Stopped
+from byol_serving.collections.collection import LocalCollection
 from byol_serving.collections.exact import Bits, Positions, nearest, pack, rescored
 from byol_serving.collections.filters import Range
 from byol_serving.collections.index import IndexOptions
@@ -22,7 +23,13 @@ from serving.collections.model import Model, clustered
 DIM = 32
 COUNT = 4000
 VECTORS = clustered(COUNT, DIM, clusters=200)
-QUERIES = clustered(100, DIM, seed=5, clusters=200)
+QUERIES = clustered(256, DIM, seed=5, clusters=200)
+NEW = QUERIES[:100]
+SAMPLED = 0.02
+"""What recall@10 of 256 queries may differ by from that of as many others: three deviations."""
+BETWEEN = 0.05
+"""At shares between all and a tenth, where nothing is measured, the effort is interpolated; with
+one or two lists read, as here, it cannot be fine."""
 OPTIONS = IndexOptions(approximate_from=1000, absorb_from=64, compact_from=64, auto_from=1000)
 
 
@@ -46,7 +53,7 @@ def test_the_tuned_recall_holds_for_new_queries(
     (scores, found), covered = index.search(QUERIES, 10, VECTORS, None, 1.0)
     assert covered == COUNT
     truth, best = nearest(QUERIES, VECTORS, 10, None, 0)
-    assert _recall(found, best) > 0.88
+    assert _recall(found, best) >= index.tuning.target - SAMPLED
     own = np.take_along_axis(QUERIES @ VECTORS.T, found, axis=1)
     np.testing.assert_allclose(scores, own, atol=2e-6)  # re-ranked by true scores
     assert np.all(np.diff(scores, axis=1) <= 0)
@@ -54,7 +61,7 @@ def test_the_tuned_recall_holds_for_new_queries(
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)
-@pytest.mark.parametrize("kept", [0.2, 0.9])
+@pytest.mark.parametrize("kept", [0.1, 0.2, 0.5, 0.9])
 def test_masked_positions_are_never_found(
     built: dict[ApproximateKind, Approximate], kind: ApproximateKind, kept: float
 ) -> None:
@@ -62,7 +69,8 @@ def test_masked_positions_are_never_found(
     (_, found), _ = built[kind].search(QUERIES, 10, VECTORS, pack(mask), kept)
     assert mask[found[found >= 0]].all()
     _, best = nearest(QUERIES, VECTORS, 10, pack(mask), int((~mask).sum()))
-    assert _recall(found, best) > 0.85
+    short = SAMPLED if kept == 0.1 else BETWEEN
+    assert _recall(found, best) >= built[kind].tuning.target - short
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)
@@ -86,10 +94,10 @@ def test_saving_adding_and_more_effort(
     (_, before), _ = built[kind].search(QUERIES, 10, VECTORS, None, 1.0)
     (_, after), _ = again.search(QUERIES, 10, VECTORS, None, 1.0)
     np.testing.assert_array_equal(before, after)
-    again.add(QUERIES, lambda: False)
-    more = np.concatenate([VECTORS, QUERIES])
-    (_, found), covered = again.search(QUERIES, 1, more, None, 1.0, effort=10**6)
-    assert covered == again.size == COUNT + len(QUERIES)
+    again.add(NEW, lambda: False)
+    more = np.concatenate([VECTORS, NEW])
+    (_, found), covered = again.search(NEW, 1, more, None, 1.0, effort=10**6)
+    assert covered == again.size == COUNT + len(NEW)
     assert np.mean(found[:, 0] == np.arange(COUNT, covered)) > 0.98
     for other in kinds.KINDS:
         if other != kind:
@@ -205,6 +213,41 @@ def test_a_collection_of_every_kind(tmp_path: Path, kind: IndexKind) -> None:
     with Store(tmp_path, options=OPTIONS) as store:
         assert store.get("c").stats() == before or store.get("c").stats().answering == answering
         model.check_all(store.get("c"))
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_a_collections_recall_is_what_its_stats_say(tmp_path: Path, kind: IndexKind) -> None:
+    """At the tuned effort, of queries it never saw; also after a restart and with items deleted."""
+    vectors = {str(n): row for n, row in enumerate(VECTORS)}
+    with Store(tmp_path, options=OPTIONS) as store:
+        collection = store.create("c", dim=DIM, encoder_id="e", index=kind)
+        collection.upsert(list(vectors), VECTORS)
+        collection.settle()
+        stats = collection.stats()
+        assert stats.recall >= stats.recall_target == 0.95
+        assert _found(collection, vectors) >= stats.recall_target - SAMPLED
+        gone = [str(n) for n in range(0, COUNT, 50)]
+        collection.delete(gone)
+        for each in gone:
+            del vectors[each]
+        assert _found(collection, vectors) >= stats.recall_target - SAMPLED
+    with Store(tmp_path, options=OPTIONS) as store:
+        assert _found(store.get("c"), vectors) >= stats.recall_target - SAMPLED
+
+
+def _found(collection: LocalCollection, vectors: dict[str, Vectors]) -> float:
+    """Recall@10 of QUERIES by ids."""
+    ids = np.array(list(vectors))
+    best = np.argsort(-(QUERIES @ np.stack(list(vectors.values())).T), axis=1)[:, :10]
+    answers = collection.search(QUERIES, 10, with_metadata=False)
+    return float(
+        np.mean(
+            [
+                len({hit.id for hit in hits} & set(ids[row].tolist())) / 10
+                for hits, row in zip(answers, best, strict=True)
+            ]
+        )
+    )
 
 
 def test_stats_and_effort(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from byol_serving.collections import snapshot
 from byol_serving.collections.index import IndexOptions
 from byol_serving.collections.store import Store
 from serving.collections.model import Model, clustered
@@ -161,7 +162,8 @@ def test_rows_that_a_snapshot_lacks_make_it_worthless(
     content = rows.tobytes() + np.delete(vectors, 150, axis=0).tobytes()
     file.write_bytes(content)
     facts |= {"size": 299, "vectors_crc": zlib.crc32(content)}
-    manifest.write_text(json.dumps(facts))
+    del facts["crc"]
+    manifest.write_text(snapshot.sealed(facts))
     _check(tmp_path, model)
     assert "lacks stored rows" in caplog.text
 

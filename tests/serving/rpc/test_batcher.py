@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from byol_serving.batcher import Batcher, Budget
+from byol_serving.batcher import Batcher
+from byol_serving.budget import Budget
 from byol_serving.encoder import Encoder
 from byol_serving.errors import DeadlinePassed, InvalidRequest, Overloaded, Unavailable
 from byol_serving.images import Pixels
@@ -138,6 +139,41 @@ async def test_a_batch_stays_small_for_a_request_that_is_short_of_time(gate: Gat
     await done
     await batcher.close()
     assert gate.batches == [[0], [1, 2, 3], [4, 5, 6], [8, 7]]
+
+
+async def test_small_items_keep_to_one_worker_unless_it_stays_away(gate: Gate) -> None:
+    batcher = Batcher[int, list[int]](gate, max_batch=8, workers=2, share=True, one_below_s=1)
+    gate.permits.release(1)
+    assert await batcher.submit([0]) == [[0]]  # now it knows how small they are
+    await busy(gate)
+    first = asyncio.ensure_future(batcher.submit([1, 2]))
+    await busy(gate)
+    second = asyncio.ensure_future(batcher.submit([3]))
+    await asyncio.sleep(0)
+    assert batcher.queued == 1
+    await busy(gate)  # in the other worker: the first is not coming back
+    gate.permits.release(2)
+    assert await first == [[2, 4]]
+    assert await second == [[6]]
+    await batcher.close()
+    assert gate.batches == [[0], [1, 2], [3]]
+
+
+async def test_items_that_take_long_leave_in_small_batches() -> None:
+    batches: list[int] = []
+
+    def work(items: list[int]) -> list[int]:
+        batches.append(len(items))
+        ends = time.thread_time() + 0.004 * len(items)
+        while time.thread_time() < ends:
+            pass
+        return items
+
+    batcher = Batcher[int, list[int]](work, max_batch=8, turn_s=0.01)
+    await batcher.submit([0])
+    assert await batcher.submit(list(range(6))) == [[0, 1], [2, 3], [4, 5]]
+    await batcher.close()
+    assert batches == [1, 2, 2, 2]
 
 
 async def test_an_error_fails_its_batch_only(gate: Gate, batcher: Batcher[int, list[int]]) -> None:

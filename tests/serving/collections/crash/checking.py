@@ -31,6 +31,7 @@ MOMENTS = {
     "begin a": 0.01,
     "begin d": 0.01,
     "done": 0.002,
+    "compact": 0.02,
     "snapshot": 0.02,
     "make": 0.01,
     "drop": 0.01,

@@ -15,8 +15,9 @@ from serving.collections.model import Model, clustered
 
 DIM = 16
 COLLECTIONS: dict[str, IndexKind] = {"flat": "flat", "graph": "hnsw", "lists": "ivf"}
-WRITERS = {"a": "flat", "b": "flat", "c": "graph", "d": "lists"}
-"""Each writer's collection; it changes only ids that begin with its own letter."""
+WRITERS = {"a": "flat", "b": "flat", "c": "graph", "d": "lists", "e": "flat"}
+"""Each writer's collection; it changes only ids that begin with its own letter. Of several in one
+collection, upserts are committed together."""
 OPTIONS = IndexOptions(
     approximate_from=100, absorb_from=16, compact_from=16, compact_share=0.1, snapshot_every=300
 )

@@ -3,7 +3,7 @@
 It says on standard output what it begins and what was acknowledged, a line each:
 
     begin WRITER NUMBER / done WRITER NUMBER
-    snapshot
+    compact / snapshot
     make NAME / made NAME / drop NAME / dropped NAME
 """
 
@@ -41,6 +41,7 @@ def reorganise(store: Store) -> None:
     while True:
         for name in COLLECTIONS:
             collection = store.get(name)
+            say("compact")
             collection.settle()
             say("snapshot")
             collection.snapshot()

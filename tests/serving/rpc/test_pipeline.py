@@ -1,0 +1,90 @@
+"""Decoding and inference in one thread must answer as they do in two."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from byol_serving.config import ServeConfig
+from byol_serving.encoder import Encoder
+from byol_serving.errors import InvalidImage
+from byol_serving.images import Pixels
+from byol_serving.rpc.pipeline import Pipeline
+from byol_serving.timing import STEPS, BatchRun, Step
+from serving.support import encoded, make_bundle, random_pixels, reference
+
+PIXELS = random_pixels(40)
+FILES = [encoded(Image.fromarray(each), "PNG") for each in PIXELS]
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Encoder:
+    return Encoder(make_bundle(tmp_path / "tiny"))
+
+
+def pipeline(
+    encoder: Encoder, together: bool, runs: list[tuple[str, BatchRun]] | None = None
+) -> Pipeline:
+    config = ServeConfig(store=Path("unused"), max_batch=8, inference_workers=1, decode_workers=2)
+
+    def watch(step: str, run: BatchRun) -> None:
+        if runs is not None:
+            runs.append((step, run))
+
+    how = encoder.bundle.info.preprocess
+    return Pipeline(encoder.embed, how, config, together=together, watch=watch)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 40])
+async def test_both_ways_give_the_encoders_rows(
+    encoder: Encoder, together: bool, count: int
+) -> None:
+    asked = pipeline(encoder, together)
+    steps: list[Step] = []
+    STEPS.set(steps)
+    rows = await asked.embed_images(FILES[:count])
+    await asked.close()
+    np.testing.assert_allclose(rows, reference(PIXELS[:count]), atol=1e-5)
+    assert asked.queued() == {"decode": 0, "inference": 0}
+    if count <= 8:  # larger ones go in pieces, each in a task of its own
+        assert [step.name for step in steps] == ["decode", "inference"]
+        times = [time for step in steps for time in (step.queued, step.began, step.ended)]
+        assert times == sorted(times)
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_both_ways_fail_the_bad_request_only_and_count_alike(
+    encoder: Encoder, together: bool
+) -> None:
+    runs: list[tuple[str, BatchRun]] = []
+    asked = pipeline(encoder, together, runs)
+    with pytest.raises(InvalidImage, match="image 2: ") as caught:
+        await asked.embed_images([*FILES[:2], b"no image"])
+    assert caught.value.position == 2
+    with pytest.raises(InvalidImage, match="image 0: "):
+        await asked.embed_images([b"nor this"])
+    await asked.embed_images(FILES[:4])
+    await asked.close()
+    assert items(runs, "decode") == 8
+    # In threads of its own, inference never sees a request that has a bad image.
+    assert items(runs, "inference") == (6 if together else 4)
+    assert all(run.seconds > 0 and len(run.waits) <= 3 for _, run in runs)
+
+
+async def test_an_encoder_that_fails_fails_the_request(encoder: Encoder) -> None:
+    def broken(pixels: Pixels) -> NDArray[np.float32]:
+        raise RuntimeError("broken")
+
+    config = ServeConfig(store=Path("unused"), max_batch=8, inference_workers=1)
+    asked = Pipeline(broken, encoder.bundle.info.preprocess, config, together=True)
+    with pytest.raises(RuntimeError, match="broken"):
+        await asked.embed_images(FILES[:2])
+    await asked.close()
+
+
+def items(runs: Sequence[tuple[str, BatchRun]], step: str) -> int:
+    return sum(run.items for name, run in runs if name == step)
