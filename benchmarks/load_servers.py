@@ -132,12 +132,12 @@ class Server:
         raise SystemExit(f"{self.name} did not listen within {_START_S:.0f} s")
 
     def _wait_until_it_answers(self) -> None:
-        until = time.monotonic() + _START_S
+        until, seconds = time.monotonic() + _START_S, 0.3
         while time.monotonic() < until:
-            window = self.window(1, 0.3)
+            window = self.window(1, seconds)
             if window.images_per_s > 0 and not window.failed:
                 return
-            time.sleep(0.3)
+            seconds *= 2  # one answer of a large encoder on a busy machine may take longer
         raise SystemExit(f"{self.name} listens, but does not answer as it should")
 
     def _cpu_s(self) -> float:
