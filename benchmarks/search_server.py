@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from byol_serving.config import ServeConfig
 from byol_serving.server import run_server
-config = ServeConfig(store=Path(sys.argv[1]), port=0)
+config = ServeConfig(store=Path(sys.argv[1]), port=0, index_gpu_memory=int(sys.argv[2]))
 sys.exit(run_server(config, lambda address: print(address, flush=True)))
 """
 
@@ -31,9 +31,9 @@ sys.exit(run_server(config, lambda address: print(address, flush=True)))
 class Server:
     """`byol serve` on a store."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, *, index_gpu_memory: int = 0) -> None:
         """Returns once it is ready."""
-        command = [sys.executable, "-c", _SERVE, str(store)]
+        command = [sys.executable, "-c", _SERVE, str(store), str(index_gpu_memory)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.address = self._process.stdout.readline().strip()
