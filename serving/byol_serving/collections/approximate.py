@@ -22,7 +22,7 @@ from byol_serving.collections.exact import (
 )
 from byol_serving.collections.gpu import Copy, Gpu
 from byol_serving.collections.kinds import ApproximateKind
-from byol_serving.collections.tuning import RECALL_AT, Tuning, tuned
+from byol_serving.collections.tuning import RECALL_AT, Tuning, held_back, tuned
 from byol_serving.collections.types import Vectors
 
 faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
@@ -118,15 +118,18 @@ class Approximate:
     ) -> "Approximate":
         """Trains on and adds all of `vectors` (float32 [N, D]), and finds what reaches `target`.
 
+        It is tuned with the last of them as queries, before they are added.
+
         Raises:
             Stopped: asked to, by `stopping`.
         """
         share_cores(len(vectors))
-        index = kinds.trained(kind, vectors)
-        for start in range(0, len(vectors), _BUILD_AT_ONCE):
+        held = len(vectors) - held_back(len(vectors))
+        index = kinds.trained(kind, vectors[:held])
+        for start in range(0, held, _BUILD_AT_ONCE):
             if stopping():
                 raise Stopped
-            index.add(vectors[start : start + _BUILD_AT_ONCE])
+            index.add(vectors[start : min(held, start + _BUILD_AT_ONCE)])
         built = cls(kind, index, Tuning(target=target))
 
         def search(
@@ -134,11 +137,15 @@ class Approximate:
         ) -> Positions:
             with SEARCHING:
                 share_cores(len(queries))
-                found = built._search(queries, k, vectors, len(vectors), alive, effort, depth)
+                found = built._search(queries, k, vectors[:held], held, alive, effort, depth)
             return found[1]
 
         efforts, depths = kinds.efforts(kind, index), kinds.depths(kind)
-        built.tuning = tuned(search, vectors, target, efforts=efforts, depths=depths)
+        queries = vectors[held:]
+        built.tuning = tuned(
+            search, vectors[:held], queries, target, efforts=efforts, depths=depths
+        )
+        index.add(queries)
         return built
 
     @classmethod

@@ -170,7 +170,8 @@ class IndexStats:
     effort: int | None
     """Lists read (IVF) or width of the walk (HNSW) of a search; None for an exact index."""
     recall: float
-    """Recall@10 on held-back queries when the index was built; 1 for an exact index."""
+    """Recall@10 when the index was built, of queries it had not been given: the newest 256 items,
+    which were added after. 1 for an exact index."""
     recall_target: float
     vector_bytes: int
     """Memory of the float32 vectors."""
