@@ -121,7 +121,7 @@ def measure(
         peer = Peer("clip_retrieval_peer.py", python=CLIP_PYTHON, onnx=onnx, size=case.size)
         stack.enter_context(peer)
         candidates[CLIP] = lambda: on_clip_retrieval(peer, source, scratch / "clip", case.count)
-    found = interleaved(candidates, unit="images/s", repeats=1 if chosen.quick else 2)
+    found = interleaved(candidates, unit="images/s", repeats=1)
     pairs = zip(found["decode"].values, found["encode"].values, strict=True)
     on_cpu = encoder.provider == "CPUExecutionProvider"
     bounds = (1 / (1 / d + 1 / e) if on_cpu else min(d, e) for d, e in pairs)

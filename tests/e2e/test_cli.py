@@ -174,11 +174,15 @@ def test_ctrl_c_stops_training_without_a_traceback(photos: Path, tmp_path: Path)
         text=True,
         env={**os.environ, "TERM": "dumb"},
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    with process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()  # it would go on for hours
     assert process.returncode == 130
     assert "Traceback" not in errors
