@@ -37,7 +37,7 @@ SIZE = 32
 def main() -> None:
     """Measures and prints."""
     chosen = options(__doc__ or "")
-    batch, steps, repeats = (32, 1, 3) if chosen.quick else (256, 1, 5)
+    batch, steps, repeats = (32, 1, 3) if chosen.quick else (256, 1, 3)
     config = dataclasses.replace(load_recipe("cifar").config, batch_size=batch)
     pixels = real_images(max(batch * 2, 512))
     candidates: dict[str, Callable[[], float]] = {}

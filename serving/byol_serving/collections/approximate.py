@@ -125,7 +125,7 @@ class Approximate:
         """
         share_cores(len(vectors))
         held = len(vectors) - held_back(len(vectors))
-        index = kinds.trained(kind, vectors[:held])
+        index = kinds.trained(kind, vectors)
         for start in range(0, held, _BUILD_AT_ONCE):
             if stopping():
                 raise Stopped

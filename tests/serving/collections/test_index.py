@@ -138,24 +138,24 @@ def test_uneven_directions_do_not_keep_it_from_its_target(kind: ApproximateKind)
 def test_of_what_reaches_the_target_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = [0.0]
     monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
-    vectors = clustered(500, 8)
-    right = nearest(vectors, vectors, 11, None, 0)[1]
+    vectors, queries = clustered(500, 8)[:450], clustered(500, 8)[450:]
 
     def search(
         queries: Vectors, k: int, alive: Bits | None, effort: int, depth: float
     ) -> Positions:
         """Needs an effort of 4 at depth 1 and of 2 at greater ones; each costs time."""
         seconds[0] += effort + depth
-        own = np.argmax(queries @ vectors.T, axis=1)
-        found: Positions = right[own].copy()
+        found = nearest(queries, vectors, k, None, 0)[1]
         if effort < (4 if depth == 1 else 2) or (alive is not None and effort < 5):
             found[:, 5:] = -1
         return found
 
-    found = tuning.tuned(search, vectors, 0.9, efforts=[1, 2, 3, 4, 5, 6], depths=[1, 2, 3])
+    found = tuning.tuned(
+        search, vectors, queries, 0.9, efforts=[1, 2, 3, 4, 5, 6], depths=[1, 2, 3]
+    )
     assert (found.effort, found.depth) == (2, 2)
     assert found.recall == 1
-    never = tuning.tuned(search, vectors, 1.1, efforts=[1, 2, 3], depths=[1, 2])
+    never = tuning.tuned(search, vectors, queries, 1.1, efforts=[1, 2, 3], depths=[1, 2])
     assert (never.effort, never.depth, never.recall) == (3, 2, 1)
 
 
