@@ -145,7 +145,7 @@ def peers(
             continue
         into.facts[f"{prefix}{name} build_s"] = round(peer.setup["build_s"], 1)
         into.facts[f"{prefix}{name} peak_mb"] = peer.setup["peak_mb"]
-        found[name] = asking_peer(peer, 1.0 if chosen.quick else 3.0)
+        found[name] = asking_peer(peer, 0.2 if chosen.quick else 1.0)
     return found
 
 
