@@ -38,7 +38,7 @@ MEMORY_FACTOR = 1.25
 MEMORY_BYTES = 64 * 2**20
 SWITCH_BYTES = 8 * 2**20
 """For each switch in between. glibc keeps what was freed between blocks in use, so that the process
-grew by half of this a switch under load; the server now gives it back after each, and this is room."""
+grew by half of this a switch under load; the server gives it back now, so this is room."""
 OVERLOAD = 2.0
 QUEUE = 64
 LEFT_OVER = ("byol_requests_in_flight", "byol_accepted_images", "byol_queue_images")
