@@ -6,7 +6,7 @@ vectors, graph and manifest of a snapshot), at places and with bits that hypothe
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Site:
     """A closed store, and a model of what it holds."""
 
     path: Path
-    model: Model
+    model: Model = field(repr=False)  # hypothesis refuses to print so much
 
     @property
     def data(self) -> Path:
@@ -103,7 +103,8 @@ def _content(file: Path) -> bytes:
 
 def _as_sqlite(number: int) -> bytes:
     """A checksum as it lies in a record."""
-    return number.to_bytes(4 if number < 2**31 else 6, "big")
+    sizes = (1, 2, 3, 4, 6)  # signed: https://www.sqlite.org/fileformat2.html#record_format
+    return number.to_bytes(next(size for size in sizes if number < 1 << (8 * size - 1)), "big")
 
 
 def _checksum(n: int) -> Sequence[bytes]:
