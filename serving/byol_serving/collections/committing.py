@@ -49,6 +49,8 @@ class Committing:
                 if self._committing:
                     self._changed.wait()
                     continue
+                if not self._waiting:  # another has committed this one in the meantime
+                    continue
                 some = self._first()
                 self._committing = True
             self._try(some)

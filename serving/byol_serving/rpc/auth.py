@@ -72,6 +72,6 @@ class Gate:
         """Waits until the token has room for one more message of a stream."""
         if self._tokens is None or token is None:
             return
-
+        # The wait is known beforehand: there is no event to wait for.
         while (wait := self._tokens.spend(token)) > 0:  # noqa: ASYNC110
             await asyncio.sleep(wait)

@@ -48,6 +48,7 @@ def embeddings_to_tensor(rows: NDArray[np.float32], dtype: int = pb.DTYPE_FLOAT3
                 f"dtype {_dtype_name(dtype)} cannot hold embeddings;"
                 " ask for float32, float16 or int8"
             )
+    # On the wire an enum is any int; its stub wants a member.
     return pb.Tensor(data=packed, dtype=dtype, shape=rows.shape)  # type: ignore[arg-type]
 
 
@@ -120,7 +121,7 @@ def _view(tensor: pb.Tensor, kind: np.dtype[np.generic]) -> NDArray[np.generic]:
 
 
 def _dtype_name(dtype: int) -> str:
-    known = dtype in pb.DType.values()
+    known = dtype in pb.DType.values()  # so Name takes it, whatever its stub says
     return pb.DType.Name(dtype).removeprefix("DTYPE_").lower() if known else str(dtype)  # type: ignore[arg-type]
 
 
@@ -177,7 +178,7 @@ def json_to_value(value: Json) -> Value:
 def _fill(target: Value, value: Json) -> None:
     match value:
         case None:
-            target.null_value = 0  # type: ignore[assignment]
+            target.null_value = 0  # type: ignore[assignment]  # NULL_VALUE, an enum of one
         case bool():  # before int: True is an int in Python
             target.bool_value = value
         case str():
