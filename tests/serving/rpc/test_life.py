@@ -64,7 +64,7 @@ class Slow:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
     slow = Slow()
-    monkeypatch.setattr("byol_serving.server.Encoder", _slow_encoder(slow))
+    monkeypatch.setattr("byol_serving.server_parts.Encoder", _slow_encoder(slow))
     return slow
 
 
