@@ -20,6 +20,7 @@ import uvloop
 
 from byol_serving import logs
 from byol_serving.config import ServeConfig
+from byol_serving.errors import ByolError
 from byol_serving.pb.byol.v1 import admin_pb2, admin_pb2_grpc, byol_pb2
 from byol_serving.rpc.admin import AdminService
 from byol_serving.rpc.auth import Gate
@@ -45,7 +46,12 @@ def main() -> None:
     logs.configure(config.log_format, config.log_level, calls=config.log_calls, process=number)
     tune_process()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        sys.exit(runner.run(_serve(config, number, folder, Owner(answers, folder))))
+        try:
+            status = runner.run(_serve(config, number, folder, Owner(answers, folder)))
+        except ByolError as error:
+            log.error("cannot start: %s", error)
+            status = 1
+    sys.exit(status)
 
 
 class Owner:

@@ -177,7 +177,7 @@ class Fronts:
     """All further processes of a server; a context manager that leaves none of them behind."""
 
     def __init__(self, config: ServeConfig) -> None:
-        """Takes the port, and starts the processes; `config.processes` is at least 2.
+        """Takes the port; `config.processes` is at least 2.
 
         Raises:
             InvalidConfig: the address is in use, or this system cannot spread connections.
@@ -190,12 +190,6 @@ class Fronts:
         self._keepers: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
 
-    async def start(self) -> None:
-        """Returns when all can be asked, and none answers calls yet; raises Unavailable."""
-        for number in range(1, self.config.processes):
-            self._fronts[number] = await Front.started(number, self.config, self.folder)
-        await asyncio.gather(*(front.up() for front in self._fronts.values()))
-
     async def serve(self, teach: Callable[..., Awaitable[None]]) -> None:
         """Makes all answer calls, and from then on starts anew those that end.
 
@@ -205,6 +199,7 @@ class Fronts:
         Raises:
             ByolError: one of them cannot.
         """
+        await asyncio.gather(*(front.up() for front in self._fronts.values()))
         await teach(*self._fronts.values())
         self._keepers = [
             asyncio.ensure_future(self._keep(front, teach)) for front in self._fronts.values()
@@ -241,12 +236,9 @@ class Fronts:
         return all(drained)
 
     async def __aenter__(self) -> Self:
-        """Starts the processes; raises as `start`."""
-        try:
-            await self.start()
-        except BaseException:
-            await self.__aexit__(None, None, None)
-            raise
+        """Starts the processes, which take a while until they can be asked."""
+        for number in range(1, self.config.processes):
+            self._fronts[number] = await Front.started(number, self.config, self.folder)
         return self
 
     async def __aexit__(
