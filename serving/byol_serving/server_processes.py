@@ -263,13 +263,13 @@ class Fronts:
             text = "process %d ended with status %d; starting it again in %g s"
             log.warning(text, front.number, status, pause)
             await asyncio.sleep(pause)
-            front = await Front.started(front.number, self.config, self.folder)
-            self._fronts[front.number] = front
             try:
+                front = await Front.started(front.number, self.config, self.folder)
+                self._fronts[front.number] = front
                 await front.up()
                 await teach(front)
                 log.warning("process %d answers again", front.number)
-            except ByolError as error:
+            except (ByolError, OSError) as error:
                 log.error("process %d cannot be started: %s", front.number, error)
                 await front.kill()
 

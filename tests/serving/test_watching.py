@@ -20,6 +20,7 @@ from byol_serving.config import ServeConfig
 from byol_serving.errors import InvalidConfig, InvalidImage
 from byol_serving.gpu_memory import gpu_memory
 from byol_serving.logs import JsonFormatter
+from byol_serving.metrics_merged import merged
 from byol_serving.server import Running, serving
 from serving.support import make_bundle, png, random_pixels
 
@@ -110,6 +111,24 @@ def test_gpu_memory_is_what_the_driver_says_or_nothing() -> None:
     for number, each in enumerate(gpu_memory()):
         assert each.gpu == number
         assert 0 <= each.used <= each.total
+
+
+def test_merged_metrics_say_whose_they_are() -> None:
+    text = (
+        b"# HELP byol_images_total Images.\n# TYPE byol_images_total counter\n"
+        b'byol_images_total{step="decode"} 3.0\n'
+        b"# HELP byol_gpu_memory_bytes Memory.\n# TYPE byol_gpu_memory_bytes gauge\n"
+        b'byol_gpu_memory_bytes{gpu="0"} 7.0\n'
+    )
+    lines = merged({0: text, 2: text}).decode().splitlines()
+    assert lines[:4] == [
+        "# HELP byol_images_total Images.",
+        "# TYPE byol_images_total counter",
+        'byol_images_total{process="0",step="decode"} 3.0',
+        'byol_images_total{process="2",step="decode"} 3.0',
+    ]
+    # All processes see the same GPU, and a sum must not count it for each.
+    assert lines[6:] == ['byol_gpu_memory_bytes{gpu="0",process="0"} 7.0']
 
 
 async def test_probes(bundle: Path) -> None:
