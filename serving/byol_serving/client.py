@@ -120,9 +120,7 @@ class Client(Connection):
         wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(
-                lambda each: self._send(calls.embed_pixels(each, wanted)), chunks
-            )
+            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, wanted)), chunks)
         else:
             parts = self._spread(
                 lambda part: self._send(calls.embed(part.images, wanted), offset=part.offset),

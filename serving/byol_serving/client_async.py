@@ -82,9 +82,7 @@ class AsyncClient(AsyncConnection):
         wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(
-                lambda each: self._send(calls.embed_pixels(each, wanted)), chunks
-            )
+            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, wanted)), chunks)
         else:
             parts = self.embed_stream(
                 images, dtype=dtype, normalize=normalize, model=model, version=version

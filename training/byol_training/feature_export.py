@@ -1,4 +1,4 @@
-"""What an export gives beside its embeddings: feature maps' facts, and how exact they and raw are."""
+"""What an export gives beside unit vectors: the facts of feature maps, and how exact all is."""
 
 import math
 from collections.abc import Sequence

@@ -114,9 +114,7 @@ async def _rows(
 ) -> Embeddings:
     images = _images(model, request)
     if request.unnormalized:
-        found = await model.features.extract(
-            images, [RAW_EMBEDDING], deadline=deadline, wait=wait
-        )
+        found = await model.features.extract(images, [RAW_EMBEDDING], deadline=deadline, wait=wait)
         return found[RAW_EMBEDDING]
     if isinstance(images, np.ndarray):
         return await model.pipeline.embed_pixels(images, deadline=deadline, wait=wait)

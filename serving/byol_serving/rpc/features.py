@@ -1,7 +1,8 @@
 """Images to any outputs of the graph: dense feature maps, embeddings that are not normalised.
 
-The pipeline's decoding and budget, and batches of their own. Maps are large: 64 images of a ResNet-50's first stage are 200 MB. So they count in the budget like
-the images that wait, and an answer that could not be sent is refused before any work.
+The pipeline's decoding and budget, and batches of their own. Maps are large: 64 images of a
+ResNet-50's first stage are 200 MB. So they count in the budget like the images that wait, and an
+answer that could not be sent is refused before any work.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -72,7 +72,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelMetadataResponse:
         """Inputs and outputs of a model."""
         model = self._models.find(_named(request.name), request.version)
-        size = model.info.preprocess.size
+        size, dim = model.info.preprocess.size, model.info.dim
         vectors = [EMBEDDING, *([RAW_EMBEDDING] if model.info.raw_embedding else [])]
         tensor = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
@@ -84,7 +84,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 tensor(name=PIXELS, datatype="UINT8", shape=[-1, size, size, 3]),
             ],
             outputs=[
-                *(tensor(name=each, datatype="FP32", shape=[-1, model.info.dim]) for each in vectors),
+                *(tensor(name=each, datatype="FP32", shape=[-1, dim]) for each in vectors),
                 *(
                     tensor(
                         name=each.name,

@@ -38,7 +38,7 @@ def test_embeddings_survive_the_wire_within_their_precision(
 
 def test_what_float16_cannot_hold_is_refused() -> None:
     rows = np.array([[1.0, -7e4]], np.float32)
-    with pytest.raises(InvalidRequest, match="up to 7e.04 are over float16's 65504"):
+    with pytest.raises(InvalidRequest, match=r"up to 7e.04 are over float16's 65504"):
         embeddings_to_tensor(rows, pb.DTYPE_FLOAT16)
     assert embeddings_to_tensor(rows).shape == [1, 2]
 

@@ -45,6 +45,7 @@ def test_maps_come_with_either_kind(client: Client) -> None:
         found = client.extract_features(
             PIXELS, ["cells"], with_embeddings=True, normalize=normalize
         )
+        assert found.embeddings is not None
         np.testing.assert_allclose(found.embeddings, wanted, atol=1e-5)
 
 
