@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_serving.errors import AlreadyExists, InvalidBundle, InvalidRequest
+from byol_serving.errors import AlreadyExists, FailedPrecondition, InvalidBundle, InvalidRequest
 from byol_serving.images import Pixels, Preprocess
 
 FORMAT_VERSION = 1
@@ -74,6 +74,14 @@ class BundleInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     weights_sha256: str = ""
     """Of weights.safetensors; empty where the bundle has none."""
+
+    def check_raw(self) -> None:
+        """Raises FailedPrecondition where the graph has no un-normalised embedding."""
+        if not self.raw_embedding:
+            raise FailedPrecondition(
+                f"encoder {self.name!r} was exported before bundles held un-normalised embeddings;"
+                " export it again with byol export"
+            )
 
 
 @dataclass(frozen=True)

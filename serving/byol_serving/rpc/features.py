@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from byol_serving.batcher import Batcher
 from byol_serving.bundle import EMBEDDING, RAW_EMBEDDING, BundleInfo, FeatureMap
 from byol_serving.config import ServeConfig
-from byol_serving.errors import FailedPrecondition, InvalidRequest
+from byol_serving.errors import InvalidRequest
 from byol_serving.images import Pixels
 from byol_serving.rpc.pipeline import Pipeline
 from byol_serving.timing import BatchRun
@@ -136,11 +136,8 @@ class Features:
             raise InvalidRequest("the request names no stage; name at least one")
         if len(set(outputs)) != len(outputs):
             raise InvalidRequest(f"stages {', '.join(outputs)}: one is there twice; send it once")
-        if RAW_EMBEDDING in outputs and not self._info.raw_embedding:
-            raise FailedPrecondition(
-                f"encoder {self._info.name!r} was exported before bundles held un-normalised"
-                " embeddings; export it again with byol export"
-            )
+        if RAW_EMBEDDING in outputs:
+            self._info.check_raw()
         values = 0
         for name in outputs:
             if name in (EMBEDDING, RAW_EMBEDDING):
