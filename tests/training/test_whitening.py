@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidSource
-from byol_training.config import HeadConfig, TrainConfig
+from byol_training.config import HeadConfig
 from byol_training.data import load_images
 from byol_training.export import export_run
 from byol_training.label_free import rankme
 from byol_training.pretrain import pretrain
+from byol_training.recipes import small_config
 from byol_training.served import ServedEncoder
 from byol_training.whitening import Whitening, fit_whitening
 
@@ -92,7 +93,7 @@ def test_a_whitened_bundle_is_served_whitened(tmp_path: Path) -> None:
     for number in range(160):  # more than the encoder's 128 dimensions
         picture = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
-    config = TrainConfig.small(
+    config = small_config(
         image_size=16, batch_size=32, epochs=1, head=HeadConfig(hidden=16, out=8), device="cpu"
     )
     images = load_images(tmp_path / "pictures", 16)

@@ -12,13 +12,14 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 
 from byol_serving.errors import InvalidSource, StoreCorrupt
+from byol_serving.indexing.entries import Entry, Source
 from byol_serving.indexing.journal import Journal, Line, Manifest
 from byol_serving.indexing.ledger import Kept, Ledger
 from byol_serving.indexing.meter import Meter
 from byol_serving.indexing.plan import EmbedPlan, Progress, Summary
 from byol_serving.indexing.shards import Shard, held_records, planned
 from byol_serving.indexing.sinks import Sink
-from byol_serving.indexing.sources import Entry, Source, open_source
+from byol_serving.indexing.sources import open_source
 from byol_serving.indexing.stages import Decoded, Rejected, Row
 
 PROGRESS_SECONDS = 0.2

@@ -32,7 +32,7 @@ from byol_serving.errors import (
     StoreLocked,
 )
 from byol_serving.indexing.durable import write_durably
-from byol_serving.indexing.sources import Entry
+from byol_serving.indexing.entries import Entry
 
 State = Literal["ok", "rejected", "duplicate"]
 FORMAT = 1

@@ -20,11 +20,11 @@ from typing import TypeVar
 from byol_serving.encoder import Encoder
 from byol_serving.indexing import books
 from byol_serving.indexing.books import Books, OnProgress
+from byol_serving.indexing.entries import Entry
 from byol_serving.indexing.ledger import Kept
 from byol_serving.indexing.plan import EmbedPlan, Summary
 from byol_serving.indexing.shards import Shard
 from byol_serving.indexing.sinks import Sink
-from byol_serving.indexing.sources import Entry
 from byol_serving.indexing.stages import Decoded, Rejected, Row, decode, encode
 
 In = TypeVar("In")

@@ -36,12 +36,12 @@ from byol_serving.errors import Unavailable
 from byol_serving.images import Preprocess
 from byol_serving.indexing import books
 from byol_serving.indexing.books import Books, OnProgress
+from byol_serving.indexing.entries import Entry
 from byol_serving.indexing.ledger import Kept
 from byol_serving.indexing.pipeline import SHARDS_IN_MEMORY, ahead
 from byol_serving.indexing.plan import EmbedPlan, Summary
 from byol_serving.indexing.shards import Shard
 from byol_serving.indexing.sinks import Sink
-from byol_serving.indexing.sources import Entry
 from byol_serving.indexing.stages import Decoded, Rejected, Row, decode, encode
 
 Results = dict[int, Row | Rejected]

@@ -16,8 +16,8 @@ from byol_serving.bundle import EMBEDDING
 from byol_serving.collections import checks
 from byol_serving.errors import InvalidImage, InvalidRequest
 from byol_serving.images import ImageLimits, Pixels, Preprocess, load_input
+from byol_serving.indexing.entries import Entry
 from byol_serving.indexing.plan import Ids
-from byol_serving.indexing.sources import Entry
 
 
 @dataclass(frozen=True, slots=True)
