@@ -127,6 +127,12 @@ def _read_file(context: click.Context, _: click.Parameter, path: Path | None) ->
     help="Width x height of one image.",
 )
 @click.option(
+    "--max-image-seconds",
+    default=10.0,
+    show_default=True,
+    help="CPU time that decoding one image may take; 0: any.",
+)
+@click.option(
     "--max-message-bytes",
     default=64 * 2**20,
     show_default=True,
@@ -203,7 +209,9 @@ def build_config(settings: Mapping[str, Any]) -> "ServeConfig":
     return ServeConfig(
         tls=TlsConfig(cert=cert, key=key, client_ca=ca) if cert else None,
         limits=ImageLimits(
-            max_bytes=left.pop("max_image_bytes"), max_pixels=left.pop("max_image_pixels")
+            max_bytes=left.pop("max_image_bytes"),
+            max_pixels=left.pop("max_image_pixels"),
+            max_seconds=left.pop("max_image_seconds"),
         ),
         **left,
     )

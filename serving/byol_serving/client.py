@@ -32,7 +32,7 @@ from byol_serving.client_batches import (
     ItemId,
     QueryLike,
 )
-from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Retry, Target
+from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Retry, Target, Wanted
 from byol_serving.client_channel import ClientTls
 from byol_serving.client_connection import Connection
 from byol_serving.client_search import SearchOptions
@@ -95,6 +95,7 @@ class Client(Connection):
         images: Iterable[ImageLike] | NDArray[np.uint8],
         *,
         dtype: DTypeName = "float32",
+        normalize: bool = True,
         model: str = "",
         version: str = "",
     ) -> Embeddings:
@@ -104,26 +105,25 @@ class Client(Connection):
             images: files, paths, Pillow images or pixels, any number of them; or one array uint8
                 [N, S, S, 3] of the encoder's input size, which is sent as it is.
             dtype: of the answer; float16 and int8 (127 times the value) are smaller.
+            normalize: to length 1; off: as the encoder gives them (after whitening, where the
+                bundle whitens), in float32 or float16.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
 
         Returns:
-            [N, D] of that dtype, L2-normalised; [0, 0] for no images.
+            [N, D] of that dtype; [0, 0] for no images.
 
         Raises:
             InvalidImage: names the position of the bad image.
+            FailedPrecondition: a bundle too old to give embeddings that are not normalised.
         """
-        target = Target(model, version)
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(
-                lambda each: self._send(calls.embed_pixels(each, dtype, target)), chunks
-            )
+            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, wanted)), chunks)
         else:
             parts = self._spread(
-                lambda part: self._send(
-                    calls.embed(part.images, dtype, target), offset=part.offset
-                ),
+                lambda part: self._send(calls.embed(part.images, wanted), offset=part.offset),
                 client_batches.batches(images, max_images=self._batch_size),
             )
         return client_batches.joined(list(parts), dtype)
@@ -133,6 +133,7 @@ class Client(Connection):
         images: Iterable[ImageLike],
         *,
         dtype: DTypeName = "float32",
+        normalize: bool = True,
         model: str = "",
         version: str = "",
     ) -> Iterator[Embeddings]:
@@ -142,9 +143,8 @@ class Client(Connection):
         memory. The default timeout does not apply, and nothing is tried again.
         """
         batches = client_batches.batches(images, max_images=self._batch_size)
-        requests = (
-            calls.embed_request(part.images, dtype, Target(model, version)) for part in batches
-        )
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
+        requests = (calls.embed_request(part.images, wanted) for part in batches)
         done = 0
         try:
             for answer in self._stream(calls.EMBED_STREAM, requests, pb.EmbedResponse):
@@ -161,6 +161,7 @@ class Client(Connection):
         *,
         dtype: DTypeName = "float32",
         with_embeddings: bool = False,
+        normalize: bool = True,
         model: str = "",
         version: str = "",
     ) -> FeatureMaps:
@@ -171,12 +172,13 @@ class Client(Connection):
             stages: names out of `encoder().stages`.
             dtype: of the answer: float32 or float16.
             with_embeddings: also the embeddings, which the same run of the encoder gives.
+            normalize: the embeddings, as in `embed`.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
         """
         sent = client_batches.one_request(images)
-        target = Target(model, version)
-        return self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
+        return self._send(calls.extract(sent, stages, wanted, with_embeddings))
 
     # --- collections ----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from byol_serving.client_batches import (
     ImageLike,
     QueryLike,
 )
-from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Target
+from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Target, Wanted
 from byol_serving.client_connection import AsyncConnection
 from byol_serving.client_search import SearchOptions
 from byol_serving.collections.grouping import HitGroup
@@ -57,6 +57,7 @@ class AsyncClient(AsyncConnection):
         images: Iterable[ImageLike] | NDArray[np.uint8],
         *,
         dtype: DTypeName = "float32",
+        normalize: bool = True,
         model: str = "",
         version: str = "",
     ) -> Embeddings:
@@ -66,23 +67,26 @@ class AsyncClient(AsyncConnection):
             images: files, paths, Pillow images or pixels, any number of them; or one array uint8
                 [N, S, S, 3] of the encoder's input size, which is sent as it is.
             dtype: of the answer; float16 and int8 (127 times the value) are smaller.
+            normalize: to length 1; off: as the encoder gives them (after whitening, where the
+                bundle whitens), in float32 or float16.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
 
         Returns:
-            [N, D] of that dtype, L2-normalised; [0, 0] for no images.
+            [N, D] of that dtype; [0, 0] for no images.
 
         Raises:
             InvalidImage: names the position of the bad image.
+            FailedPrecondition: a bundle too old to give embeddings that are not normalised.
         """
-        target = Target(model, version)
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(
-                lambda each: self._send(calls.embed_pixels(each, dtype, target)), chunks
-            )
+            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, wanted)), chunks)
         else:
-            parts = self.embed_stream(images, dtype=dtype, model=model, version=version)
+            parts = self.embed_stream(
+                images, dtype=dtype, normalize=normalize, model=model, version=version
+            )
         return client_batches.joined([part async for part in parts], dtype)
 
     async def embed_stream(
@@ -90,6 +94,7 @@ class AsyncClient(AsyncConnection):
         images: Iterable[ImageLike],
         *,
         dtype: DTypeName = "float32",
+        normalize: bool = True,
         model: str = "",
         version: str = "",
     ) -> AsyncGenerator[Embeddings]:
@@ -100,10 +105,10 @@ class AsyncClient(AsyncConnection):
         """
         # Not the EmbedStream call: where a server ends it early while the client still writes,
         # grpc.aio reports INTERNAL in place of what the server said.
-        target = Target(model, version)
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         batches = client_batches.batches(images, max_images=self._batch_size)
         answers = self._spread(
-            lambda part: self._send(calls.embed(part.images, dtype, target), offset=part.offset),
+            lambda part: self._send(calls.embed(part.images, wanted), offset=part.offset),
             batches,
         )
         async with aclosing(answers):
@@ -117,6 +122,7 @@ class AsyncClient(AsyncConnection):
         *,
         dtype: DTypeName = "float32",
         with_embeddings: bool = False,
+        normalize: bool = True,
         model: str = "",
         version: str = "",
     ) -> FeatureMaps:
@@ -127,12 +133,13 @@ class AsyncClient(AsyncConnection):
             stages: names out of `encoder().stages`.
             dtype: of the answer: float32 or float16.
             with_embeddings: also the embeddings, which the same run of the encoder gives.
+            normalize: the embeddings, as in `embed`.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
         """
         sent = client_batches.one_request(images)
-        target = Target(model, version)
-        return await self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
+        return await self._send(calls.extract(sent, stages, wanted, with_embeddings))
 
     # --- collections ----------------------------------------------------------------------------
 

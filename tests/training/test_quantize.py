@@ -78,6 +78,9 @@ def test_a_lower_precision_is_smaller_near_and_says_what_it_costs(
 ) -> None:
     full, low = encoders["fp32"], encoders[precision]
     low.check_golden()
+    (raw,) = low.extract(labelled.pixels[:40], ["raw_embedding"])
+    (wanted,) = full.extract(labelled.pixels[:40], ["raw_embedding"])
+    assert (np.linalg.norm(raw - wanted, axis=1) < 0.2 * np.linalg.norm(wanted, axis=1)).all()
     assert low.bundle.info.precision == precision
     assert low.bundle.info.encoder_id != full.bundle.info.encoder_id
     bytes_of = [each.bundle.model_path.stat().st_size for each in (low, full)]

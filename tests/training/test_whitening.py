@@ -105,3 +105,9 @@ def test_a_whitened_bundle_is_served_whitened(tmp_path: Path) -> None:
     assert ranks[1] > 1.5 * ranks[0]
     assert white.info.encoder_id != plain.info.encoder_id
     assert white.info.scores["parity_max_cosine_distance"] < 1e-4
+    images_8 = images.pixels[:8]
+    embedding, raw = Encoder(white).extract(images_8, ["embedding", "raw_embedding"])
+    assert white.info.scores["raw_max_relative_error"] < 1e-3
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1)[:, None], embedding, atol=1e-5)
+    (plain_raw,) = Encoder(plain).extract(images_8, ["raw_embedding"])
+    assert np.abs(raw - plain_raw).max() > 0.1  # it is whitened too

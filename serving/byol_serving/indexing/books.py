@@ -38,8 +38,10 @@ def opened(
 
     Raises:
         InvalidSource: the source cannot be opened.
+        InvalidConfig: a shard's maps would not fit in memory.
         StoreLocked, StoreError, EncoderMismatch, InvalidConfig, StoreCorrupt: see `Journal`.
     """
+    sink.columns.check(plan.shard_size)
     source = open_source(plan.source, image_column=plan.image_column, id_column=plan.id_column)
     manifest = Manifest(
         encoder_id=encoder_id,
@@ -47,6 +49,7 @@ def opened(
         shard_size=plan.shard_size,
         ids=plan.ids,
         output=sink.kind,
+        columns=sink.columns.facts,
     )
     with Journal(plan.out, manifest) as journal, Ledger(journal.state / "ledger.sqlite3") as ledger:
         books = Books(plan, source, sink, journal, ledger, Meter(workers), on_progress)
@@ -73,6 +76,8 @@ class Books:
         """Made by `opened` only."""
         self.plan, self.meter = plan, meter
         self._source, self._sink, self._journal, self._ledger = source, sink, journal, ledger
+        self.outputs = sink.columns.outputs
+        """Of the graph, that rows are made of."""
         self._on_progress, self._told = on_progress, 0.0
         self._shards = 0
 

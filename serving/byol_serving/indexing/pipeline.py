@@ -54,6 +54,7 @@ def run(
         InvalidSource: the source cannot be listed, is empty, holds a name twice, or changed since
             the last run (and `plan.sync` is off).
         StoreLocked, EncoderMismatch, InvalidConfig, StoreCorrupt: see `Journal`.
+        InvalidConfig: shards of so many maps would fill the memory.
         StoreError: the disk refused; what is finished is kept.
     """
     encoder_id = encoders[0].bundle.info.encoder_id
@@ -147,7 +148,7 @@ class _Stages:
         encoder = self._idle.get()
         try:
             with self._meter.timed("encode"):
-                return batch, encode(batch.images, encoder)
+                return batch, encode(batch.images, encoder, self._books.outputs)
         finally:
             self._idle.put(encoder)
             batch.images.clear()  # pixels are not needed any more

@@ -2,7 +2,8 @@
 
 A model has two inputs, of which a request sends one: `images`, BYTES [N], encoded files; or
 `pixels`, UINT8 [N, S, S, 3], RGB of the encoder's input size. Its outputs are `embedding`, FP32
-[N, D], and the feature maps that its bundle offers, FP32 [N, C, H, W].
+[N, D], and, as its bundle offers them, `raw_embedding`, FP32 [N, D], which is that before its
+normalisation, and feature maps, FP32 [N, C, H, W].
 """
 
 import time
@@ -13,12 +14,13 @@ from typing import Any, TypeAlias
 import grpc
 import numpy as np
 
+from byol_serving.bundle import EMBEDDING, RAW_EMBEDDING
 from byol_serving.errors import InvalidRequest, NotFound
 from byol_serving.images import Pixels
 from byol_serving.pb.inference import grpc_service_pb2 as pb
 from byol_serving.pb.inference import grpc_service_pb2_grpc
 from byol_serving.rpc.calls import deadline_of
-from byol_serving.rpc.features import EMBEDDING, Maps
+from byol_serving.rpc.features import Maps
 from byol_serving.rpc.inference_tensors import fill_output, read_images, read_pixels
 from byol_serving.rpc.models import Model, Models
 
@@ -70,7 +72,8 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelMetadataResponse:
         """Inputs and outputs of a model."""
         model = self._models.find(_named(request.name), request.version)
-        size = model.info.preprocess.size
+        size, dim = model.info.preprocess.size, model.info.dim
+        vectors = [EMBEDDING, *([RAW_EMBEDDING] if model.info.raw_embedding else [])]
         tensor = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
             name=model.name,
@@ -81,7 +84,7 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 tensor(name=PIXELS, datatype="UINT8", shape=[-1, size, size, 3]),
             ],
             outputs=[
-                tensor(name=EMBEDDING, datatype="FP32", shape=[-1, model.info.dim]),
+                *(tensor(name=each, datatype="FP32", shape=[-1, dim]) for each in vectors),
                 *(
                     tensor(
                         name=each.name,

@@ -16,7 +16,15 @@ import pytest
 from byol_serving.client import Client
 from byol_serving.pb.inference import grpc_service_pb2 as pb
 from byol_serving.pb.inference import grpc_service_pb2_grpc
-from serving.support import DIM, SIZE, png, random_pixels, reference, reference_cells
+from serving.support import (
+    DIM,
+    SIZE,
+    png,
+    random_pixels,
+    reference,
+    reference_cells,
+    reference_raw,
+)
 
 PIXELS = random_pixels(3)
 FILES = [png(each) for each in PIXELS]
@@ -56,6 +64,7 @@ def test_tritonclient_works_unchanged(address: str, client: Client, tmp_path: Pa
         ],
         "outputs": [
             {"name": "embedding", "datatype": "FP32", "shape": ["-1", str(DIM)]},
+            {"name": "raw_embedding", "datatype": "FP32", "shape": ["-1", str(DIM)]},
             {"name": "cells", "datatype": "FP32", "shape": ["-1", "3", "4", "4"]},
             {"name": "doubled", "datatype": "FP32", "shape": ["-1", "3", "4", "4"]},
         ],
@@ -101,13 +110,14 @@ def test_typed_contents_are_answered_in_typed_contents(stub: Any) -> None:
 
 def test_feature_maps_are_outputs_too(stub: Any) -> None:
     tensor = Tensor(name="pixels", datatype="UINT8", shape=PIXELS.shape)
-    names = ["doubled", "embedding"]
+    names = ["doubled", "raw_embedding", "embedding"]
     outputs = [pb.ModelInferRequest.InferRequestedOutputTensor(name=each) for each in names]
     answer = stub.ModelInfer(request(tensor, raw=[PIXELS.tobytes()], outputs=outputs), timeout=10)
     assert [each.name for each in answer.outputs] == names
-    maps, rows = (np.frombuffer(each, "<f4") for each in answer.raw_output_contents)
+    maps, raw, rows = (np.frombuffer(each, "<f4") for each in answer.raw_output_contents)
     cells = reference_cells(PIXELS)
     np.testing.assert_allclose(maps.reshape(answer.outputs[0].shape), 2 * cells, atol=1e-5)
+    np.testing.assert_allclose(raw.reshape(3, DIM), reference_raw(PIXELS), atol=1e-5)
     np.testing.assert_allclose(rows.reshape(3, DIM), reference(PIXELS), atol=1e-5)
 
 

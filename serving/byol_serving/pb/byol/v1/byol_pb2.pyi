@@ -84,12 +84,17 @@ class EmbedRequest(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    UNNORMALIZED_FIELD_NUMBER: builtins.int
     dtype: Global___DType.ValueType
     """float32 (default), float16 or int8."""
     model: builtins.str
     """Empty: the server's default model."""
     version: builtins.str
     """Empty: the version in use."""
+    unnormalized: builtins.bool
+    """As they are before L2 normalisation (after whitening, where the bundle whitens), as float32 or
+    float16. FAILED_PRECONDITION where the bundle is too old to have them.
+    """
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """Encoded image files (JPEG, PNG, WebP, GIF, BMP, TIFF), decoded as the encoder's bundle says."""
@@ -106,9 +111,10 @@ class EmbedRequest(google.protobuf.message.Message):
         dtype: Global___DType.ValueType = ...,
         model: builtins.str = ...,
         version: builtins.str = ...,
+        unnormalized: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "unnormalized", b"unnormalized", "version", b"version"]) -> None: ...
 
 Global___EmbedRequest: typing_extensions.TypeAlias = EmbedRequest
 
@@ -121,7 +127,7 @@ class EmbedResponse(google.protobuf.message.Message):
     encoder_id: builtins.str
     @property
     def embeddings(self) -> Global___Tensor:
-        """[N, D], L2-normalised rows"""
+        """[N, D], L2-normalised rows unless asked for otherwise"""
 
     def __init__(
         self,
@@ -167,6 +173,7 @@ class Encoder(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     STAGES_FIELD_NUMBER: builtins.int
+    UNNORMALIZED_FIELD_NUMBER: builtins.int
     encoder_id: builtins.str
     """sha256 of the ONNX graph"""
     name: builtins.str
@@ -179,6 +186,8 @@ class Encoder(google.protobuf.message.Message):
     model: builtins.str
     """the name that requests call it by"""
     version: builtins.str
+    unnormalized: builtins.bool
+    """whether embeddings can be asked for un-normalised"""
     @property
     def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Stage]:
         """that ExtractFeatures can be asked for"""
@@ -195,8 +204,9 @@ class Encoder(google.protobuf.message.Message):
         model: builtins.str = ...,
         version: builtins.str = ...,
         stages: collections.abc.Iterable[Global___Stage] | None = ...,
+        unnormalized: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "model", b"model", "name", b"name", "precision", b"precision", "provider", b"provider", "stages", b"stages", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "model", b"model", "name", b"name", "precision", b"precision", "provider", b"provider", "stages", b"stages", "unnormalized", b"unnormalized", "version", b"version"]) -> None: ...
 
 Global___Encoder: typing_extensions.TypeAlias = Encoder
 
@@ -238,6 +248,7 @@ class ExtractFeaturesRequest(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     STAGES_FIELD_NUMBER: builtins.int
     WITH_EMBEDDINGS_FIELD_NUMBER: builtins.int
+    UNNORMALIZED_FIELD_NUMBER: builtins.int
     dtype: Global___DType.ValueType
     """float32 (default) or float16."""
     model: builtins.str
@@ -246,6 +257,8 @@ class ExtractFeaturesRequest(google.protobuf.message.Message):
     """empty: the version in use"""
     with_embeddings: builtins.bool
     """Also the embeddings, which the same run of the encoder gives."""
+    unnormalized: builtins.bool
+    """And those as in EmbedRequest.unnormalized."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """As in EmbedRequest: encoded images or raw pixels."""
@@ -266,9 +279,10 @@ class ExtractFeaturesRequest(google.protobuf.message.Message):
         version: builtins.str = ...,
         stages: collections.abc.Iterable[builtins.str] | None = ...,
         with_embeddings: builtins.bool = ...,
+        unnormalized: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "stages", b"stages", "version", b"version", "with_embeddings", b"with_embeddings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "stages", b"stages", "unnormalized", b"unnormalized", "version", b"version", "with_embeddings", b"with_embeddings"]) -> None: ...
 
 Global___ExtractFeaturesRequest: typing_extensions.TypeAlias = ExtractFeaturesRequest
 
