@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import sys
-from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from byol_serving.gpu_memory import gpu_memory
 from byol_serving.logs import JsonFormatter
 from byol_serving.metrics_merged import merged
 from byol_serving.server import Running, serving
+from serving.rpc.two_processes import get as ask
 from serving.support import make_bundle, png, random_pixels
 
 FILES = [png(each) for each in random_pixels(3)]
@@ -34,17 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def get(running: Running, path: str) -> tuple[int, str]:
-    def ask() -> tuple[int, str]:
-        assert running.metrics_port is not None
-        connection = HTTPConnection("127.0.0.1", running.metrics_port, timeout=10)
-        try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode()
-        finally:
-            connection.close()
-
-    return await asyncio.to_thread(ask)
+    return await asyncio.to_thread(ask, running.metrics_port, path)
 
 
 async def samples(running: Running) -> dict[tuple[str, ...], float]:
