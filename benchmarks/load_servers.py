@@ -60,7 +60,8 @@ class Server:
         self._family: set[int] = set()
         self._stack.callback(self._end)
         facts = {**facts, **self._line(self._process)}
-        self._wait_until_reachable(facts["address"])
+        self.address: str = facts["address"]
+        self._wait_until_reachable(self.address)
         self._clients = subprocess.Popen(
             [sys.executable, str(HERE / "load_client.py")],
             stdin=subprocess.PIPE,
