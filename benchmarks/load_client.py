@@ -17,6 +17,8 @@ from typing import Any
 import grpc
 import uvloop
 
+CALL_S = 30.0
+"""A call without an answer is lost after so long, and counted as failed."""
 Send = Callable[[bytes], Awaitable[int]]
 """Sends a request's body and returns the size of the answer's."""
 
@@ -54,7 +56,7 @@ async def load(
             sent = time.perf_counter()
             try:
                 good = await send(next(bodies)) >= answer_bytes
-            except (grpc.RpcError, OSError, asyncio.IncompleteReadError):
+            except (grpc.RpcError, OSError, asyncio.IncompleteReadError, TimeoutError):
                 good = False
                 await asyncio.sleep(0.05)  # a dead connection fails without giving others a turn
             answered += 1
@@ -84,7 +86,7 @@ async def grpc_sender(setup: dict[str, Any], clients: int) -> list[Send]:
     call: Any = _channel.unary_unary(setup["method"])  # bytes in, bytes out
 
     async def send(body: bytes) -> int:
-        return len(await call(body, timeout=60))
+        return len(await call(body, timeout=CALL_S))
 
     return [send] * clients
 
@@ -104,9 +106,11 @@ async def http_sender(setup: dict[str, Any], clients: int) -> list[Send]:
         async def send(body: bytes) -> int:
             writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
             writer.write(body)
-            lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
-            length = next(int(ln.split(":")[1]) for ln in lines if ln.startswith("content-length"))
-            await reader.readexactly(length)
+            async with asyncio.timeout(CALL_S):
+                lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
+                named = (ln for ln in lines if ln.startswith("content-length"))
+                length = int(next(named).split(":")[1])
+                await reader.readexactly(length)
             return length if lines[0].split()[1] == "200" else -1
 
         return send

@@ -62,6 +62,7 @@ class Encoder:
         device: Device = "auto",
         threads: int = 0,
         workers: int = 0,
+        cores: int = 0,
         device_id: int = 0,
     ) -> None:
         """Loads the graph.
@@ -73,6 +74,7 @@ class Encoder:
                 minutes once; engines are kept in the user's cache folder.
             threads: intra-op threads for one batch on the CPU; 0: the cores over `workers`.
             workers: batches at a time; 0: one for each core up to `MAX_WORKERS`, on a GPU two.
+            cores: CPUs to use; 0: all that this process may run on.
             device_id: which GPU, as CUDA numbers those that this process may see.
 
         Raises:
@@ -80,7 +82,8 @@ class Encoder:
             InvalidBundle: ONNX Runtime cannot load the graph, or it is not an encoder.
         """
         self.bundle = bundle
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        if not cores:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         gpu = _gpu_provider(device)
         self.workers = workers or (GPU_WORKERS if gpu else min(cores, MAX_WORKERS))
         threads = threads or max(1, cores // self.workers)

@@ -152,14 +152,20 @@ def depths(kind: ApproximateKind) -> tuple[int, ...]:
 
 
 def candidates(kind: ApproximateKind, k: int, depth: float) -> int:
-    """How many an index is asked for, so that the best k by true score are among them."""
+    """How many an index is asked for, so that the best by true score are among them.
+
+    Args:
+        kind: of the index.
+        k: the wanted, and one more, by which a tie at the border is seen.
+        depth: of `Tuning`.
+    """
     match kind:
         case "hnsw" | "ivf":
             return k
         case "hnsw-sq8" | "ivf-fp16" | "ivf-sq8":
             return k + max(8, k // 2)
         case "ivf-pq" | "ivf-rabitq":
-            return math.ceil(depth * k) + 10
+            return math.ceil(depth * max(1, k - 1)) + 10
 
 
 def recognised(kind: ApproximateKind, index: Any, dim: int) -> bool:

@@ -104,8 +104,8 @@ class _Held:
 
     def recall(self, search: Search, effort: int, depth: int) -> float:
         """The part of the right ones that it finds."""
-        found = search(self._queries, self._k, self._alive, effort, depth)
-        return recall_of(found, self._truth)
+        found = search(self._queries, self._k + 1, self._alive, effort, depth)  # as `ranked` asks
+        return recall_of(found[:, : self._k], self._truth)
 
 
 @dataclass(frozen=True, kw_only=True)

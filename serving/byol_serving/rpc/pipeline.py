@@ -52,7 +52,7 @@ class Pipeline:
         Args:
             embed: the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe.
             preprocess: of the encoder's bundle.
-            config: with `max_batch` and `inference_workers` as the encoder wants them, not 0.
+            config: with `max_batch` and both numbers of workers as they are to be, not 0.
             together: let the decoding threads do the inference of their images too.
             watch: told of each batch of each step.
         """
