@@ -162,7 +162,7 @@ def marked(scores: Vectors, positions: Positions) -> Found:
 
 
 def lacking(positions: Positions) -> bool:
-    """Whether a query of an answer (int64 [Q, k]) has fewer than k; what lacks is -1, at the end."""
+    """Whether a query of an answer (int64 [Q, k]) has fewer than k: -1 at its end."""
     # Of a lone query's, a list is looked through in a fifth of the time of NumPy's `any`.
     return min(positions[:, -1].tolist(), default=0) < 0
 
