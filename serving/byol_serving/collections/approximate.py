@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import faiss as _faiss
-
 from byol_serving.collections import kinds
 from byol_serving.collections.exact import (
     SEARCHING,
@@ -21,13 +19,12 @@ from byol_serving.collections.exact import (
     room,
     share_cores,
 )
+from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.gpu import Copy, Gpu
 from byol_serving.collections.huge_pages import prefer_huge_pages
 from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.tuning import RECALL_AT, Tuning, held_back, tuned
 from byol_serving.collections.types import Vectors
-
-faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
 
 # Vectors added while searches wait, and queries searched while adding waits: each a few
 # milliseconds on one core. Their sum bounds how long a reader waits for a writer.

@@ -9,13 +9,11 @@ import os
 import threading
 from typing import Any, TypeAlias
 
-import faiss as _faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.types import Vectors
-
-faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
 
 Positions: TypeAlias = NDArray[np.int64]
 Bits: TypeAlias = NDArray[np.uint8]

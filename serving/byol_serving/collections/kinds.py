@@ -24,12 +24,10 @@ import math
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-import faiss as _faiss
 import numpy as np
 
+from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.types import Vectors
-
-faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
 
 ApproximateKind = Literal["hnsw", "hnsw-sq8", "ivf", "ivf-fp16", "ivf-sq8", "ivf-pq", "ivf-rabitq"]
 KINDS: tuple[ApproximateKind, ...] = get_args(ApproximateKind)
