@@ -71,6 +71,7 @@ class Server:
     ) -> None:
         """Starts both; `facts` says where it will be and how it is asked."""
         self.name = name
+        self.address: str = facts["address"]
         self._family: set[int] = set()
         with ExitStack() as stack:
             log = stack.enter_context((bodies.parent / f"{bodies.name}.log").open("w"))
@@ -85,7 +86,7 @@ class Server:
                 start_new_session=True,
             )
             stack.callback(self._end)
-            self._wait_until_reachable(facts["address"])
+            self._wait_until_reachable(self.address)
             self._clients = subprocess.Popen(
                 [sys.executable, str(HERE / "load_client.py")],
                 stdin=subprocess.PIPE,

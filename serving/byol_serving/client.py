@@ -35,6 +35,7 @@ from byol_serving.client_batches import (
 from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Retry, Target, Wanted
 from byol_serving.client_channel import ClientTls
 from byol_serving.client_connection import Connection
+from byol_serving.client_progress import OnProgress, Tally
 from byol_serving.client_search import SearchOptions
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
@@ -98,6 +99,7 @@ class Client(Connection):
         normalize: bool = True,
         model: str = "",
         version: str = "",
+        progress: OnProgress | None = None,
     ) -> Embeddings:
         """Embeds images.
 
@@ -109,6 +111,7 @@ class Client(Connection):
                 bundle whitens), in float32 or float16.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
+            progress: told of each answer; see `client_progress`.
 
         Returns:
             [N, D] of that dtype; [0, 0] for no images.
@@ -126,7 +129,8 @@ class Client(Connection):
                 lambda part: self._send(calls.embed(part.images, wanted), offset=part.offset),
                 client_batches.batches(images, max_images=self._batch_size),
             )
-        return client_batches.joined(list(parts), dtype)
+        rows = Tally(progress, images).counted(parts, len)
+        return client_batches.joined(list(rows), dtype)
 
     def embed_stream(
         self,
@@ -136,6 +140,7 @@ class Client(Connection):
         normalize: bool = True,
         model: str = "",
         version: str = "",
+        progress: OnProgress | None = None,
     ) -> Iterator[Embeddings]:
         """Embeds any number of images over one call: yields [n, D] a batch, in order.
 
@@ -145,11 +150,12 @@ class Client(Connection):
         batches = client_batches.batches(images, max_images=self._batch_size)
         wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         requests = (calls.embed_request(part.images, wanted) for part in batches)
-        done = 0
+        answers = self._stream(calls.EMBED_STREAM, requests, pb.EmbedResponse)
+        tally, done = Tally(progress, images), 0
         try:
-            for answer in self._stream(calls.EMBED_STREAM, requests, pb.EmbedResponse):
-                rows = calls.embed_answer(answer)
+            for rows in map(calls.embed_answer, answers):
                 done += len(rows)
+                tally.add(len(rows))
                 yield rows
         except InvalidImage as error:
             raise calls.moved(error, done) from error
@@ -222,6 +228,7 @@ class Client(Connection):
         vectors: NDArray[np.float32] | None = None,
         metadata: Sequence[Metadata] | None = None,
         encoder_id: str = "",
+        progress: OnProgress | None = None,
     ) -> UpsertCounts:
         """Inserts items, or replaces those whose id exists; what it counts is on disk.
 
@@ -234,6 +241,7 @@ class Client(Connection):
             vectors: float32 or float16 [N, D], made by the collection's encoder.
             metadata: JSON values for each item; absent: empty.
             encoder_id: who made `vectors`; if given and not the collection's, EncoderMismatch.
+            progress: told of each answer; see `client_progress`.
         """
         parts = client_batches.upsert_parts(
             collection,
@@ -247,7 +255,8 @@ class Client(Connection):
         counts = self._spread(
             lambda part: self._send(calls.upsert(part.request), offset=part.offset), parts
         )
-        return calls.summed(counts)
+        tally = Tally(progress, ids)
+        return calls.summed(tally.counted(counts, lambda each: each.inserted + each.updated))
 
     def set_metadata(self, collection: str, ids: Ids, metadata: Sequence[Metadata]) -> None:
         """Replaces metadata and leaves the vectors alone; UnknownId if one is not there."""

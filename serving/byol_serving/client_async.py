@@ -21,6 +21,7 @@ from byol_serving.client_batches import (
 )
 from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Target, Wanted
 from byol_serving.client_connection import AsyncConnection
+from byol_serving.client_progress import OnProgress, Tally
 from byol_serving.client_search import SearchOptions
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
@@ -60,6 +61,7 @@ class AsyncClient(AsyncConnection):
         normalize: bool = True,
         model: str = "",
         version: str = "",
+        progress: OnProgress | None = None,
     ) -> Embeddings:
         """Embeds images.
 
@@ -71,6 +73,7 @@ class AsyncClient(AsyncConnection):
                 bundle whitens), in float32 or float16.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
+            progress: told of each answer; see `client_progress`.
 
         Returns:
             [N, D] of that dtype; [0, 0] for no images.
@@ -87,7 +90,12 @@ class AsyncClient(AsyncConnection):
             parts = self.embed_stream(
                 images, dtype=dtype, normalize=normalize, model=model, version=version
             )
-        return client_batches.joined([part async for part in parts], dtype)
+        tally, rows = Tally(progress, images), []
+        async with aclosing(parts):
+            async for part in parts:
+                tally.add(len(part))
+                rows.append(part)
+        return client_batches.joined(rows, dtype)
 
     async def embed_stream(
         self,
@@ -97,6 +105,7 @@ class AsyncClient(AsyncConnection):
         normalize: bool = True,
         model: str = "",
         version: str = "",
+        progress: OnProgress | None = None,
     ) -> AsyncGenerator[Embeddings]:
         """Embeds any number of images, a few requests at a time: yields [n, D] a batch, in order.
 
@@ -107,12 +116,14 @@ class AsyncClient(AsyncConnection):
         # grpc.aio reports INTERNAL in place of what the server said.
         wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         batches = client_batches.batches(images, max_images=self._batch_size)
+        tally = Tally(progress, images)
         answers = self._spread(
             lambda part: self._send(calls.embed(part.images, wanted), offset=part.offset),
             batches,
         )
         async with aclosing(answers):
             async for rows in answers:
+                tally.add(len(rows))
                 yield rows
 
     async def extract_features(
@@ -180,6 +191,7 @@ class AsyncClient(AsyncConnection):
         vectors: NDArray[np.float32] | None = None,
         metadata: Sequence[Metadata] | None = None,
         encoder_id: str = "",
+        progress: OnProgress | None = None,
     ) -> UpsertCounts:
         """Inserts items, or replaces those whose id exists; what it counts is on disk.
 
@@ -192,6 +204,7 @@ class AsyncClient(AsyncConnection):
             vectors: float32 or float16 [N, D], made by the collection's encoder.
             metadata: JSON values for each item; absent: empty.
             encoder_id: who made `vectors`; if given and not the collection's, EncoderMismatch.
+            progress: told of each answer; see `client_progress`.
         """
         parts = client_batches.upsert_parts(
             collection,
@@ -205,7 +218,12 @@ class AsyncClient(AsyncConnection):
         counts = self._spread(
             lambda part: self._send(calls.upsert(part.request), offset=part.offset), parts
         )
-        return calls.summed([each async for each in counts])
+        tally, found = Tally(progress, ids), []
+        async with aclosing(counts):
+            async for each in counts:
+                tally.add(each.inserted + each.updated)
+                found.append(each)
+        return calls.summed(found)
 
     async def set_metadata(self, collection: str, ids: Ids, metadata: Sequence[Metadata]) -> None:
         """Replaces metadata and leaves the vectors alone; UnknownId if one is not there."""

@@ -69,6 +69,25 @@ def test_tritonclient_works_unchanged(address: str, client: Client, tmp_path: Pa
             {"name": "doubled", "datatype": "FP32", "shape": ["-1", "3", "4", "4"]},
         ],
     }
+    config = seen["config"]
+    assert (config["name"], config["platform"]) == ("tiny", "onnxruntime_onnx")
+    assert config["input"] == [
+        {"name": "images", "data_type": "TYPE_STRING", "dims": ["-1"], "optional": True},
+        {
+            "name": "pixels",
+            "data_type": "TYPE_UINT8",
+            "dims": ["-1", str(SIZE), str(SIZE), "3"],
+            "optional": True,
+        },
+    ]
+    assert config["output"][0] == {
+        "name": "embedding",
+        "data_type": "TYPE_FP32",
+        "dims": ["-1", str(DIM)],
+    }
+    assert [each["name"] for each in config["output"]] == [
+        each["name"] for each in seen["model"]["outputs"]
+    ]
     assert seen["response"] == {"model_name": "tiny", "model_version": version, "id": "seven"}
     np.testing.assert_allclose(seen["by_files"], reference(PIXELS), atol=1e-5)
     np.testing.assert_allclose(seen["by_pixels"], reference(PIXELS), atol=1e-5)
@@ -221,6 +240,9 @@ def test_field_numbers_are_the_specifications() -> None:
         "InferTensorContents": "bool_contents=1 int_contents=2 int64_contents=3 uint_contents=4"
         " uint64_contents=5 fp32_contents=6 fp64_contents=7 bytes_contents=8",
         "ModelMetadataResponse": "name=1 versions=2 platform=3 inputs=4 outputs=5",
+        "ModelConfig": "name=1 platform=2 max_batch_size=4 input=5 output=6",
+        "ModelInput": "name=1 data_type=2 dims=4 optional=8",
+        "ModelOutput": "name=1 data_type=2 dims=3",
         "InferParameter": "bool_param=1 int64_param=2 string_param=3 double_param=4 uint64_param=5",
     }
     for name, fields in wanted.items():
