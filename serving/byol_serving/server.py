@@ -43,7 +43,7 @@ _SWITCH_S = 0.001
 each image, and by default had to wait 5 ms behind a busy event loop."""
 
 _LEAVING_S = 1.0
-"""For answers to leave that gRPC has been given: a stop at once was seen to cut off their status."""
+"""For answers to leave that gRPC has been given: a stop at once was seen to cut off their end."""
 
 
 class Running:
