@@ -45,6 +45,8 @@ _SCRAPE_S = 2.0
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Before a front is started again, by how often in a row it did not stay."""
 _STAYED_S = 60.0
+_LAST_S = 1.0
+"""For calls to a front that has ended to find that out, instead of being cancelled."""
 _MORE_S = 5.0
 """That a front may take to end, beyond the time to drain."""
 
@@ -137,7 +139,7 @@ class Front:
     async def ended(self) -> int:
         """Its exit status, once it has one."""
         await self._says.ended.wait()
-        await self._channel.close()
+        await self._channel.close(_LAST_S)
         assert self._process.stdin is not None
         self._process.stdin.close()
         return await asyncio.to_thread(self._process.wait)
@@ -263,13 +265,13 @@ class Fronts:
             text = "process %d ended with status %d; starting it again in %g s"
             log.warning(text, front.number, status, pause)
             await asyncio.sleep(pause)
-            front = await Front.started(front.number, self.config, self.folder)
-            self._fronts[front.number] = front
             try:
+                front = await Front.started(front.number, self.config, self.folder)
+                self._fronts[front.number] = front
                 await front.up()
                 await teach(front)
                 log.warning("process %d answers again", front.number)
-            except ByolError as error:
+            except (ByolError, OSError) as error:
                 log.error("process %d cannot be started: %s", front.number, error)
                 await front.kill()
 
@@ -311,7 +313,13 @@ def _hold(config: ServeConfig) -> list[socket.socket]:
 
 def _private_folder() -> Path:
     """A new folder that only this user can enter, with a short path."""
-    folder = Path(tempfile.mkdtemp(prefix="byol-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="byol-"))
+    except OSError as error:
+        raise InvalidConfig(
+            f"several processes need a temporary folder ({error.strerror}); set TMPDIR to one that"
+            " can be written"
+        ) from error
     if len(str(folder)) > _LONGEST_FOLDER:
         folder.rmdir()
         raise InvalidConfig(

@@ -9,13 +9,11 @@ import os
 import threading
 from typing import Any, TypeAlias
 
-import faiss as _faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.types import Vectors
-
-faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
 
 Positions: TypeAlias = NDArray[np.int64]
 Bits: TypeAlias = NDArray[np.uint8]
@@ -162,7 +160,7 @@ def marked(scores: Vectors, positions: Positions) -> Found:
 
 
 def lacking(positions: Positions) -> bool:
-    """Whether a query of an answer (int64 [Q, k]) has fewer than k; what lacks is -1, at the end."""
+    """Whether a query of an answer (int64 [Q, k]) has fewer than k: -1 at its end."""
     # Of a lone query's, a list is looked through in a fifth of the time of NumPy's `any`.
     return min(positions[:, -1].tolist(), default=0) < 0
 

@@ -206,13 +206,11 @@ class _Call:
                 self.end(code.name, type(error).__name__, str(error))
                 await self._context.abort(code, str(error), (*self._trailers, *trailers_of(error)))
             case grpc.aio.AioRpcError():  # another process's answer, as it is
+                code, text = error.code(), error.details() or ""
                 trailers: Any = tuple(error.trailing_metadata() or ())
-                found = dict(trailers)
-                text = error.details() or ""
-                self.end(error.code().name, found.get(ERROR_KEY, "Forwarded"), text)
-                await self._context.abort(
-                    error.code(), text, tuple((dict(self._trailers) | found).items())
-                )
+                found = dict(trailers) | dict(self._trailers)
+                self.end(code.name, found.get(ERROR_KEY, code.name), text)
+                await self._context.abort(code, text, tuple(found.items()))
             case Exception() if not isinstance(error, grpc.aio.AbortError):
                 log.error(
                     "unexpected error request_id=%s",

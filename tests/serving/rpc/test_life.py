@@ -34,7 +34,8 @@ from byol_serving.errors import (
 )
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
-from byol_serving.server import SERVICES, serving
+from byol_serving.server import serving
+from byol_serving.server_parts import SERVICES
 from serving.support import DIM, make_bundle, png, random_pixels, reference
 
 PIXELS = random_pixels(4)
