@@ -148,16 +148,24 @@ class Calls(grpc.aio.ServerInterceptor):
 
         return grpc.stream_stream_rpc_method_handler(streaming, *coders)
 
+    @property
+    def watched(self) -> bool:
+        """Whether anybody asks what happened in a call."""
+        return bool(self._watchers)
+
     def began(self) -> None:
         """Counts a call in."""
         self.in_flight += 1
         self._idle.clear()
 
-    def ended(self, call: Finished) -> None:
+    def ended(self) -> None:
         """Counts a call out."""
         self.in_flight -= 1
         if not self.in_flight:
             self._idle.set()
+
+    def tell(self, call: Finished) -> None:
+        """Tells those who watch."""
         for watch in self._watchers:
             watch(call)
 
@@ -194,7 +202,8 @@ class _Call:
         self._trace_parent = str(metadata.get(TRACE_KEY, ""))
         self._trailers: Pairs = ((REQUEST_ID_KEY, self.id),)
         self._steps: list[Step] = []
-        STEPS.set(self._steps)  # of this call's own task, and of those it starts
+        if calls.watched:
+            STEPS.set(self._steps)  # of this call's own task, and of those it starts
         context.set_trailing_metadata(self._trailers)
         calls.began()
 
@@ -223,21 +232,25 @@ class _Call:
 
     def end(self, code: str, error: str = "", reason: str = "") -> None:
         """Counts the call out and writes its line."""
-        call = Finished(
-            method=self._method,
-            code=code,
-            error=error,
-            began=self._began,
-            ended=time.perf_counter(),
-            request_id=self.id,
-            caller=self.caller.name if self.caller else "",
-            trace_parent=self._trace_parent,
-            steps=self._steps,
-        )
-        self._calls.ended(call)
+        self._calls.ended()
+        ended = time.perf_counter()
+        caller = self.caller.name if self.caller else ""
+        if self._calls.watched:
+            call = Finished(
+                method=self._method,
+                code=code,
+                error=error,
+                began=self._began,
+                ended=ended,
+                request_id=self.id,
+                caller=caller,
+                trace_parent=self._trace_parent,
+                steps=self._steps,
+            )
+            self._calls.tell(call)
         if not log.isEnabledFor(logging.INFO):
             return
-        took = (call.ended - call.began) * 1000
+        took = (ended - self._began) * 1000
         log.info(
             "method=%s code=%s ms=%.2f request_id=%s peer=%s%s%s",
             self._method,
@@ -245,7 +258,7 @@ class _Call:
             took,
             self.id,
             self._context.peer(),
-            f" caller={call.caller}" if call.caller else "",
+            f" caller={caller}" if caller else "",
             f" reason={reason!r}" if reason else "",
             extra={
                 "method": self._method,
@@ -253,7 +266,7 @@ class _Call:
                 "ms": took,
                 "request_id": self.id,
                 "peer": self._context.peer(),
-                "caller": call.caller,
+                "caller": caller,
                 "reason": reason,
             },
         )
