@@ -71,6 +71,7 @@ class Server:
     ) -> None:
         """Starts both; `facts` says where it will be and how it is asked."""
         self.name = name
+        self.address: str = facts["address"]
         self._family: set[int] = set()
         with ExitStack() as stack:
             log = stack.enter_context((bodies.parent / f"{bodies.name}.log").open("w"))
@@ -85,7 +86,7 @@ class Server:
                 start_new_session=True,
             )
             stack.callback(self._end)
-            self._wait_until_reachable(facts["address"])
+            self._wait_until_reachable(self.address)
             self._clients = subprocess.Popen(
                 [sys.executable, str(HERE / "load_client.py")],
                 stdin=subprocess.PIPE,
@@ -97,10 +98,10 @@ class Server:
             self._wait_until_it_answers()
             self._stack = stack.pop_all()
 
-    def window(self, clients: int, seconds: float) -> Window:
-        """Closed-loop load by so many clients."""
+    def window(self, clients: int, seconds: float, connections: int = 1) -> Window:
+        """Closed-loop load by so many clients, who share the connections where that is gRPC."""
         began, before = time.monotonic(), self._cpu_s()
-        answer = self._ask({"clients": clients, "seconds": seconds})
+        answer = self._ask({"clients": clients, "seconds": seconds, "connections": connections})
         # Of the window and the moments before and after it, when the load was the same.
         used = (self._cpu_s() - before) * answer["seconds"] / (time.monotonic() - began)
         count = len(answer["latencies"])
@@ -207,17 +208,17 @@ class Server:
         self._process.wait()
 
 
-def ours(load: Load, scratch: Path) -> Server:
+def ours(load: Load, scratch: Path, processes: int = 1) -> Server:
     """`byol serve`."""
-    bodies = scratch / f"{load.name}-ours"
+    bodies = scratch / f"{load.name}-ours-{processes}"
     bodies.mkdir()
     for path in load.images.iterdir():
         request = pb.EmbedRequest(images=[path.read_bytes()])
         (bodies / path.name).write_bytes(request.SerializeToString())
-    return our_server(load.bundle, bodies)
+    return our_server(load.bundle, bodies, processes)
 
 
-def our_server(bundle: Bundle, bodies: Path) -> Server:
+def our_server(bundle: Bundle, bodies: Path, processes: int = 1) -> Server:
     """`byol serve` with clients that send serialised EmbedRequests, the files in `bodies`."""
     port = free_port()
     command = [sys.executable, "-m", "byol_cli.main", "serve", "--json", "--port", str(port)]
@@ -226,7 +227,8 @@ def our_server(bundle: Bundle, bodies: Path) -> Server:
         "method": "/byol.v1.Embedder/Embed",
         "address": f"127.0.0.1:{port}",
     }
-    return Server("ours", [*command, "--bundle", str(bundle.path)], facts, bodies)
+    command += ["--bundle", str(bundle.path), "--processes", str(processes)]
+    return Server("ours", command, facts, bodies)
 
 
 def peer(name: str, load: Load, scratch: Path) -> Server:

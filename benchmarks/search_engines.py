@@ -65,7 +65,7 @@ def asking_faiss(folder: Path, data: Data) -> Ask:
     def search(queries: Vectors, effort: int, below: int | None) -> Any:
         selector = None if below is None else faiss.IDSelectorBitmap(masks[below])
         depth = tuned["depth"] * math.sqrt(max(1.0, effort / tuned["effort"]))
-        count = kinds.candidates(kind, K, depth)
+        count = kinds.candidates(kind, K + 1, depth)  # as ours
         parameters = kinds.parameters(kind, effort, selector)
         _, found = index.search(queries, count, params=parameters)
         return found if not kinds.is_lossy(kind) else best_of(queries, data.vectors, found)

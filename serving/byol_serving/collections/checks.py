@@ -108,8 +108,9 @@ def unit_vectors(vectors: Vectors, dim: int) -> Vectors:
     # Norms in float64: the square of a large finite float32 overflows.
     wide = given.astype(np.float64)
     norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
-    good = (norms > 0) & (norms < np.inf)
-    if not good.all():
+    # Judged as plain numbers: of a lone query, one operation of NumPy's costs as much as all this.
+    if not all(0 < norm < np.inf for norm in norms.tolist()):
+        good = (norms > 0) & (norms < np.inf)
         row = int(np.argmin(good))
         fault = "zero" if norms[row] == 0 else "not finite"
         raise InvalidVector(

@@ -12,7 +12,7 @@ from byol_serving.collections import checks, database, loading, paging, rows, sn
 from byol_serving.collections.committing import Batch, Committing
 from byol_serving.collections.database import Database
 from byol_serving.collections.disk import publish
-from byol_serving.collections.exact import Found
+from byol_serving.collections.exact import Found, lacking
 from byol_serving.collections.filters import Filter
 from byol_serving.collections.index import Index, IndexOptions, View
 from byol_serving.collections.matching import Matching
@@ -241,11 +241,14 @@ class LocalCollection:
         unit = checks.unit_vectors(queries, self.dim)
         checks.effort(effort)
         view, (scores, positions) = self._find(unit, k, condition, effort)
-        there = positions >= 0 if min_score is None else scores >= min_score
         ids = view.ids[positions]
-        if not there.all():
+        if min_score is None and not lacking(positions):
+            counts = np.full(len(ids), ids.shape[1])
+        else:
+            there = positions >= 0 if min_score is None else scores >= min_score
             ids[~there] = ""
-        return Columns(ids=ids, scores=_cosines(scores), counts=there.sum(axis=1))
+            counts = there.sum(axis=1)
+        return Columns(ids=ids, scores=_cosines(scores), counts=counts)
 
     # Upkeep
 

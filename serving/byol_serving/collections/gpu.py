@@ -17,17 +17,15 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import faiss as _faiss
 import numpy as np
 
 from byol_serving.collections.exact import Bits, Found, bits_at, unpack
+from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.types import Vectors
 
 if TYPE_CHECKING:
     from byol_serving.collections.index import View
-
-faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
 
 _log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from byol_serving.collections.exact import (
     Found,
     Positions,
     bits_at,
+    lacking,
     merged,
     nearest,
     nearest_among,
@@ -39,7 +40,7 @@ class IndexOptions:
     recall_target: float = 0.95
     """Recall@10 that an approximate index is tuned to when it is built."""
     auto_from: int = 20_000
-    """Items from which `auto` reads lists of packed codes; below, it scans."""
+    """Items from which `auto` walks a graph of bytes; below, it scans."""
     exact_share: float = 0.05
     """A filter that keeps fewer than this share of the items is answered exactly."""
     compact_share: float = 0.25
@@ -196,7 +197,7 @@ class Index:
         found = _with_rest(found, covered, queries, k, vectors, bits)
         # A graph walk may end early between masked nodes; k are there, so such a query is scanned.
         wanted = min(k, count)
-        if wanted and (found[1][:, wanted - 1] < 0).any():
+        if wanted and lacking(found[1][:, :wanted]):
             short = np.flatnonzero(found[1][:, wanted - 1] < 0)
             found[0][short], found[1][short] = nearest(
                 queries[short], vectors, k, bits, view.size - count
@@ -244,7 +245,7 @@ class Index:
             case "flat":
                 return None
             case "auto":
-                return "ivf-pq" if count >= options.auto_from else None
+                return "hnsw-sq8" if count >= options.auto_from else None
             case kind:
                 return kind if count >= options.approximate_from else None
 

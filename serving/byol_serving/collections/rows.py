@@ -48,9 +48,11 @@ def meta_of(connection: sqlite3.Connection) -> dict[str, str | int]:
 
 
 def seq_of(connection: sqlite3.Connection) -> int:
-    """The number of the last committed change."""
-    (value,) = connection.execute("SELECT value FROM meta WHERE key = 'seq'").fetchone()
-    return int(value)
+    """The number of the last committed change. Raises StoreCorrupt where damage hides it."""
+    found = connection.execute("SELECT value FROM meta WHERE key = 'seq'").fetchone()
+    if found is None or not isinstance(found[0], int):
+        raise StoreCorrupt("the number of the last change is damaged: restore it from a backup")
+    return found[0]
 
 
 def next_seq(connection: sqlite3.Connection) -> int:

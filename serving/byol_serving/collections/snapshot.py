@@ -49,6 +49,8 @@ class Manifest:
     recall: float
     target: float
     """The approximate index's tuning; zeros without one."""
+    items: int = 0
+    """Of the tuning too; earlier versions did not write it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def write(folder: Path, collection: str, index: Index) -> int:
         depth=tuning.depth,
         effort_of_tenth=tuning.effort_of_tenth,
         recall=tuning.recall,
+        items=tuning.items,
         target=tuning.target,
     )
     final = base.with_suffix(".json")
@@ -167,6 +170,7 @@ def _load(path: Path, collection: str, dim: int, seq: int) -> Loaded:
             depth=manifest.depth,
             effort_of_tenth=manifest.effort_of_tenth,
             recall=manifest.recall,
+            items=manifest.items,
             target=manifest.target,
         )
         approximate = Approximate.load(manifest.approximate, file, dim, tuning)

@@ -31,6 +31,8 @@ class Tuning:
     """The effort where a filter keeps a tenth of the items: their neighbours lie farther away."""
     recall: float = 0
     """Recall@10 of queries that the index had not been given yet: see `held_back`."""
+    items: int = 0
+    """How many the index held then."""
     target: float
     """What was asked for; `recall` is below it where no effort reaches it."""
 
@@ -66,7 +68,7 @@ def tuned(
         depths: to choose from.
     """
     if not len(queries):
-        return Tuning(target=target)
+        return Tuning(items=len(vectors), target=target)
     whole = _Held(queries, vectors, None)
     tried = [_least(search, whole, target, efforts, depth) for depth in depths]
     reached = [each for each in tried if each.recall >= target]
@@ -86,6 +88,7 @@ def tuned(
         depth=best.depth,
         effort_of_tenth=of_tenth,
         recall=best.recall,
+        items=len(vectors),
         target=target,
     )
 
@@ -104,8 +107,8 @@ class _Held:
 
     def recall(self, search: Search, effort: int, depth: int) -> float:
         """The part of the right ones that it finds."""
-        found = search(self._queries, self._k, self._alive, effort, depth)
-        return recall_of(found, self._truth)
+        found = search(self._queries, self._k + 1, self._alive, effort, depth)  # as `ranked` asks
+        return recall_of(found[:, : self._k], self._truth)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,12 +34,12 @@ def embeddings_to_tensor(rows: NDArray[np.float32], dtype: int = pb.DTYPE_FLOAT3
     """Packs float32 [...] as float32, float16 or int8 (round(127 x), for normalised rows).
 
     Raises:
-        InvalidRequest: another dtype was asked for.
+        InvalidRequest: another dtype was asked for, or values are too large for float16.
     """
     check_embedding_dtype(dtype)
     match dtype:
         case pb.DTYPE_FLOAT16:
-            packed = rows.astype("<f2").tobytes()
+            packed = _halved(rows).tobytes()
         case pb.DTYPE_INT8:
             packed = np.rint(rows * _INT8_SCALE).clip(-127, 127).astype("i1").tobytes()
         case _:
@@ -54,6 +54,16 @@ def check_embedding_dtype(dtype: int) -> None:
         raise InvalidRequest(
             f"dtype {_dtype_name(dtype)} cannot hold embeddings; ask for float32, float16 or int8"
         )
+
+
+def _halved(rows: NDArray[np.float32]) -> NDArray[np.float16]:
+    try:
+        with np.errstate(over="raise"):
+            return rows.astype("<f2")
+    except FloatingPointError as error:
+        raise InvalidRequest(
+            f"values up to {np.abs(rows).max():.3g} are over float16's 65504; ask for float32"
+        ) from error
 
 
 def raw_array(tensor: pb.Tensor) -> NDArray[np.generic]:

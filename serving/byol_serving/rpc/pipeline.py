@@ -65,7 +65,7 @@ class Pipeline:
         Args:
             embed: the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe.
             preprocess: of the encoder's bundle.
-            config: with `max_batch` and `inference_workers` as the encoder wants them, not 0.
+            config: with `max_batch` and both numbers of workers as they are to be, not 0.
             together: let the decoding threads do the inference of their images too.
             watch: told of each batch of each step.
         """
@@ -135,7 +135,7 @@ class Pipeline:
             Overloaded, DeadlinePassed, Unavailable: nothing is wrong with the images.
         """
         size = sum(map(len, images)) + len(images) * self._pixel_bytes
-        with await self._claim(len(images), size, wait):
+        with await self.claim(len(images), size, wait=wait):
             if self._worth_no_thread(images):
                 return await self._at_once(images, deadline)
             if self._both is not None:
@@ -160,7 +160,7 @@ class Pipeline:
         self, pixels: Pixels, *, deadline: float | None = None, wait: bool = False
     ) -> Embeddings:
         """Embeds uint8 [N, S, S, 3]; otherwise as `embed_images`."""
-        with await self._claim(len(pixels), pixels.nbytes, wait):
+        with await self.claim(len(pixels), pixels.nbytes, wait=wait):
             return _joined(await self._inference.submit(list(pixels), deadline=deadline))
 
     async def decode(
@@ -196,21 +196,18 @@ class Pipeline:
             if batcher is not None:
                 await batcher.close()
 
-    def claim(self, images: int, size: int) -> Claim:
+    async def claim(self, images: int, size: int, *, wait: bool) -> Claim:
         """Room in the budget.
 
         Raises:
             InvalidRequest: no images, or more than could ever be queued.
-            Overloaded: no room now.
+            Overloaded: no room now, and not to `wait` for it.
         """
-        _check_any(images)
+        if not images:
+            raise InvalidRequest("the request has no images; send at least one")
+        if wait:
+            return await self.budget.wait_for(images, size)
         return self.budget.claim(images, size)
-
-    async def _claim(self, images: int, size: int, wait: bool) -> Claim:
-        if not wait:
-            return self.claim(images, size)
-        _check_any(images)
-        return await self.budget.wait_for(images, size)
 
     def _worth_no_thread(self, images: Sequence[bytes]) -> bool:
         """Whether to decode these on the event loop, by what their headers promise."""
@@ -263,11 +260,6 @@ def _good(
                 raise each.at(offset + len(found))
             found.append(each)
     return found
-
-
-def _check_any(images: int) -> None:
-    if not images:
-        raise InvalidRequest("the request has no images; send at least one")
 
 
 def _joined(parts: list[Embeddings]) -> Embeddings:

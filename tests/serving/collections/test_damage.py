@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from unittest import mock
 
@@ -113,6 +114,17 @@ def test_a_file_that_is_no_database(path: Path) -> None:
         store.get("c")
     _data(path).touch()
     with Store(path) as store, pytest.raises(StoreCorrupt, match="not a collection"):
+        store.get("c")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["DELETE FROM meta WHERE key = 'seq'", "UPDATE meta SET value = x'00' WHERE key = 'seq'"],
+)
+def test_the_number_of_the_last_change_is_gone(path: Path, damage: str) -> None:
+    with closing(sqlite3.connect(_data(path), isolation_level=None)) as connection:
+        connection.execute(damage)
+    with Store(path) as store, pytest.raises(StoreCorrupt, match="last change is damaged"):
         store.get("c")
 
 

@@ -208,7 +208,7 @@ def test_a_collection_of_every_kind(tmp_path: Path, kind: IndexKind) -> None:
             collection.settle()
         assert collection.stats().deleted == 0
         answering = collection.stats().answering
-        assert answering == {"flat": "flat", "auto": "ivf-pq"}.get(kind, kind)
+        assert answering == {"flat": "flat", "auto": "hnsw-sq8"}.get(kind, kind)
         before = collection.stats()
     with Store(tmp_path, options=OPTIONS) as store:
         assert store.get("c").stats() == before or store.get("c").stats().answering == answering
@@ -261,7 +261,7 @@ def test_stats_and_effort(tmp_path: Path) -> None:
         collection.settle()
         collection.upsert(["late"], QUERIES[:1])
         stats = collection.stats()
-        assert (stats.answering, stats.wanted, stats.unabsorbed) == ("ivf-pq", "ivf-pq", 1)
+        assert (stats.answering, stats.wanted, stats.unabsorbed) == ("hnsw-sq8", "hnsw-sq8", 1)
         assert stats.recall >= stats.recall_target == 0.95
         assert stats.effort is not None
         assert stats.vector_bytes >= 4 * DIM * stats.count
@@ -286,13 +286,13 @@ def test_auto_serves_exactly_while_it_builds(tmp_path: Path) -> None:
         collection = store.create("c", dim=DIM, encoder_id="e", index="auto")
         collection.upsert([str(n) for n in range(COUNT)], VECTORS)
         assert building.wait(30)
-        assert (collection.stats().answering, collection.stats().wanted) == ("flat", "ivf-pq")
+        assert (collection.stats().answering, collection.stats().wanted) == ("flat", "hnsw-sq8")
         collection.upsert(["meanwhile"], QUERIES[:1])
         collection.delete(["7"])
         assert collection.search(QUERIES[:1], 1)[0][0].id == "meanwhile"
         go_on.set()
         collection.settle()
-        assert collection.stats().answering == "ivf-pq"
+        assert collection.stats().answering == "hnsw-sq8"
         assert collection.search(QUERIES[:1], 1)[0][0].id == "meanwhile"
         assert collection.search(VECTORS[7:8], 1)[0][0].id != "7"
         assert collection.verify().ok
@@ -322,6 +322,27 @@ def test_many_read_or_one_writes() -> None:
     for thread in (*readers, writer):
         thread.join(10)
     assert order == ["read", "write"]
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "hnsw-sq8", "ivf-pq"])
+def test_an_index_that_is_outgrown_is_built_and_tuned_anew(tmp_path: Path, kind: IndexKind) -> None:
+    few, more = COUNT // 4, COUNT * 3 // 8
+    with Store(tmp_path, options=OPTIONS) as store:
+        collection = store.create("c", dim=DIM, encoder_id="e", index=kind)
+        collection.upsert([str(n) for n in range(few)], VECTORS[:few])
+        collection.settle()
+        first = collection._index.view.approximate
+        collection.upsert([str(n) for n in range(few, more)], VECTORS[few:more])
+        collection.settle()
+        assert collection._index.view.approximate is first  # added to
+        collection.upsert([str(n) for n in range(more, COUNT)], VECTORS[more:])
+        collection.settle()
+        second = collection._index.view.approximate
+        assert first is not None
+        assert second is not None
+        assert first.tuning.items < few
+        assert second.tuning.items > more
+        assert collection.verify().ok
 
 
 def test_tuning_is_what_a_snapshot_brings_back(tmp_path: Path) -> None:
