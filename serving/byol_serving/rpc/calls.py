@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
@@ -51,8 +51,8 @@ class Finished:
     steps: Sequence[Step]
 
 
-class Calls(grpc.aio.ServerInterceptor):
-    """Wraps every method of our services, so that none can be forgotten.
+class Calls:
+    """Wraps every method of our services (see `WrappedServer`), so that none can be forgotten.
 
     Errors of the project's tree become their status; anything else becomes INTERNAL with a request
     id, and only the log has the traceback.
@@ -85,20 +85,16 @@ class Calls(grpc.aio.ServerInterceptor):
         self._draining = True
         await self._idle.wait()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["_Handler | None"]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "_Handler | None":
-        """Called by gRPC for each call; the wrapped handler of a method is made once."""
-        method = handler_call_details.method
-        if (known := self._wrapped.get(method)) is not None:
-            return known
-        handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith(_OURS):  # health and reflection: as they are
+    def known(self, method: str) -> "_Handler | None":
+        """The wrapped handler of a method that was called before."""
+        return self._wrapped.get(method)
+
+    def wrapped(self, method: str, handler: _Handler) -> _Handler:
+        """The handler of a method, wrapped once."""
+        if not method.startswith(_OURS):  # health and reflection: as they are
             return handler
-        wrapped = self._wrapped[method] = self._wrap(method, handler)
-        return wrapped
+        self._wrapped[method] = self._wrap(method, handler)
+        return self._wrapped[method]
 
     def _wrap(self, method: str, handler: _Handler) -> _Handler:
         # Requests are parsed in here: bytes that gRPC itself cannot parse become UNKNOWN.
