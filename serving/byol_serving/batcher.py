@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_serving.errors import DeadlinePassed, Unavailable
-from byol_serving.timing import BatchRun, Step, note
+from byol_serving.timing import BatchRun, note
 
 Item = TypeVar("Item")
 Results = TypeVar("Results", bound=Sequence[object] | NDArray[np.generic])
@@ -149,7 +149,7 @@ class Batcher(Generic[Item, Results]):
         results = await job.future
         queued, began = job.queued, job.began
         for name, ended in zip(self._steps, job.ended, strict=True):
-            note(Step(name, len(items), queued, began, ended))
+            note(name, len(items), queued, began, ended)
             queued = began = ended
         return results
 

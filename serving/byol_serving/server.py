@@ -32,6 +32,7 @@ from byol_serving.rpc.everywhere import ModelsEverywhere
 from byol_serving.rpc.forwarding import CHANNEL_OPTIONS
 from byol_serving.rpc.keeper import ModelKeeper
 from byol_serving.rpc.pools import BlockingCalls
+from byol_serving.rpc.wrapped_server import WrappedServer
 from byol_serving.server_parts import SERVICES, Parts, add_embedding, new_server, open_parts, start
 from byol_serving.server_processes import Fronts, owner_socket, rates_folder
 from byol_serving.tokens import Tokens
@@ -211,7 +212,7 @@ async def _start(
         keeper = everywhere = ModelsEverywhere(parts.keeper, models, parts.own, fronts.live)
         shared = rates_folder(fronts.folder)
         # The fronts have let these calls in, and count them.
-        private = grpc.aio.server(interceptors=[Calls(watching.forwarded)], options=CHANNEL_OPTIONS)
+        private = WrappedServer(Calls(watching.forwarded), CHANNEL_OPTIONS)
         byol_pb2_grpc.add_CollectionsServicer_to_server(collections, private)
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(models, keeper), private)
         private.add_insecure_port(owner_socket(fronts.folder))

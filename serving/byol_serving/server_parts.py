@@ -26,6 +26,7 @@ from byol_serving.rpc.inference import InferenceService
 from byol_serving.rpc.keeper import ModelKeeper
 from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Pipeline
+from byol_serving.rpc.wrapped_server import WrappedServer
 from byol_serving.server_tls import server_credentials
 from byol_serving.shelf import Shelf
 from byol_serving.watching import Watching
@@ -83,8 +84,8 @@ async def open_parts(config: ServeConfig, stack: AsyncExitStack) -> Parts:
 
 def new_server(config: ServeConfig, calls: Calls) -> grpc.aio.Server:
     """A server without services that listens nowhere yet."""
-    return grpc.aio.server(
-        interceptors=[calls],
+    return WrappedServer(
+        calls,
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),

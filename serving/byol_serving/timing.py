@@ -34,11 +34,12 @@ class BatchRun:
 
 
 STEPS: ContextVar[list[Step] | None] = ContextVar("STEPS", default=None)
-"""The steps of the call that the present task works for; None outside of one."""
+"""The steps of the call that the present task works for; None outside of one,
+and where nobody watches calls."""
 
 
-def note(step: Step) -> None:
-    """Adds a step to the present call, if there is one."""
+def note(name: str, items: int, queued: float, began: float, ended: float) -> None:
+    """Adds a step, as `Step` has it, to the present call, if there is one that is watched."""
     steps = STEPS.get()
     if steps is not None:
-        steps.append(step)
+        steps.append(Step(name, items, queued, began, ended))

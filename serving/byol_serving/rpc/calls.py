@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
@@ -51,8 +51,8 @@ class Finished:
     steps: Sequence[Step]
 
 
-class Calls(grpc.aio.ServerInterceptor):
-    """Wraps every method of our services, so that none can be forgotten.
+class Calls:
+    """Wraps every method of our services (see `WrappedServer`), so that none can be forgotten.
 
     Errors of the project's tree become their status; anything else becomes INTERNAL with a request
     id, and only the log has the traceback.
@@ -85,20 +85,16 @@ class Calls(grpc.aio.ServerInterceptor):
         self._draining = True
         await self._idle.wait()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["_Handler | None"]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "_Handler | None":
-        """Called by gRPC for each call; the wrapped handler of a method is made once."""
-        method = handler_call_details.method
-        if (known := self._wrapped.get(method)) is not None:
-            return known
-        handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith(_OURS):  # health and reflection: as they are
+    def known(self, method: str) -> "_Handler | None":
+        """The wrapped handler of a method that was called before."""
+        return self._wrapped.get(method)
+
+    def wrapped(self, method: str, handler: _Handler) -> _Handler:
+        """The handler of a method, wrapped once."""
+        if not method.startswith(_OURS):  # health and reflection: as they are
             return handler
-        wrapped = self._wrapped[method] = self._wrap(method, handler)
-        return wrapped
+        self._wrapped[method] = self._wrap(method, handler)
+        return self._wrapped[method]
 
     def _wrap(self, method: str, handler: _Handler) -> _Handler:
         # Requests are parsed in here: bytes that gRPC itself cannot parse become UNKNOWN.
@@ -148,16 +144,24 @@ class Calls(grpc.aio.ServerInterceptor):
 
         return grpc.stream_stream_rpc_method_handler(streaming, *coders)
 
+    @property
+    def watched(self) -> bool:
+        """Whether anybody asks what happened in a call."""
+        return bool(self._watchers)
+
     def began(self) -> None:
         """Counts a call in."""
         self.in_flight += 1
         self._idle.clear()
 
-    def ended(self, call: Finished) -> None:
+    def ended(self) -> None:
         """Counts a call out."""
         self.in_flight -= 1
         if not self.in_flight:
             self._idle.set()
+
+    def tell(self, call: Finished) -> None:
+        """Tells those who watch."""
         for watch in self._watchers:
             watch(call)
 
@@ -194,7 +198,8 @@ class _Call:
         self._trace_parent = str(metadata.get(TRACE_KEY, ""))
         self._trailers: Pairs = ((REQUEST_ID_KEY, self.id),)
         self._steps: list[Step] = []
-        STEPS.set(self._steps)  # of this call's own task, and of those it starts
+        if calls.watched:
+            STEPS.set(self._steps)  # of this call's own task, and of those it starts
         context.set_trailing_metadata(self._trailers)
         calls.began()
 
@@ -229,21 +234,25 @@ class _Call:
 
     def end(self, code: str, error: str = "", reason: str = "") -> None:
         """Counts the call out and writes its line."""
-        call = Finished(
-            method=self._method,
-            code=code,
-            error=error,
-            began=self._began,
-            ended=time.perf_counter(),
-            request_id=self.id,
-            caller=self.caller.name if self.caller else "",
-            trace_parent=self._trace_parent,
-            steps=self._steps,
-        )
-        self._calls.ended(call)
+        self._calls.ended()
+        ended = time.perf_counter()
+        caller = self.caller.name if self.caller else ""
+        if self._calls.watched:
+            call = Finished(
+                method=self._method,
+                code=code,
+                error=error,
+                began=self._began,
+                ended=ended,
+                request_id=self.id,
+                caller=caller,
+                trace_parent=self._trace_parent,
+                steps=self._steps,
+            )
+            self._calls.tell(call)
         if not log.isEnabledFor(logging.INFO):
             return
-        took = (call.ended - call.began) * 1000
+        took = (ended - self._began) * 1000
         log.info(
             "method=%s code=%s ms=%.2f request_id=%s peer=%s%s%s",
             self._method,
@@ -251,7 +260,7 @@ class _Call:
             took,
             self.id,
             self._context.peer(),
-            f" caller={call.caller}" if call.caller else "",
+            f" caller={caller}" if caller else "",
             f" reason={reason!r}" if reason else "",
             extra={
                 "method": self._method,
@@ -259,7 +268,7 @@ class _Call:
                 "ms": took,
                 "request_id": self.id,
                 "peer": self._context.peer(),
-                "caller": call.caller,
+                "caller": caller,
                 "reason": reason,
             },
         )

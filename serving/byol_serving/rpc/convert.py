@@ -36,20 +36,24 @@ def embeddings_to_tensor(rows: NDArray[np.float32], dtype: int = pb.DTYPE_FLOAT3
     Raises:
         InvalidRequest: another dtype was asked for, or values are too large for float16.
     """
+    check_embedding_dtype(dtype)
     match dtype:
-        case pb.DTYPE_UNSPECIFIED | pb.DTYPE_FLOAT32:
-            dtype, packed = pb.DTYPE_FLOAT32, np.ascontiguousarray(rows, "<f4").tobytes()
         case pb.DTYPE_FLOAT16:
             packed = _halved(rows).tobytes()
         case pb.DTYPE_INT8:
             packed = np.rint(rows * _INT8_SCALE).clip(-127, 127).astype("i1").tobytes()
         case _:
-            raise InvalidRequest(
-                f"dtype {_dtype_name(dtype)} cannot hold embeddings;"
-                " ask for float32, float16 or int8"
-            )
+            dtype, packed = pb.DTYPE_FLOAT32, np.ascontiguousarray(rows, "<f4").tobytes()
     # On the wire an enum is any int; its stub wants a member.
     return pb.Tensor(data=packed, dtype=dtype, shape=rows.shape)  # type: ignore[arg-type]
+
+
+def check_embedding_dtype(dtype: int) -> None:
+    """Raises InvalidRequest unless embeddings can be packed so."""
+    if dtype not in _FLOAT_TYPES:
+        raise InvalidRequest(
+            f"dtype {_dtype_name(dtype)} cannot hold embeddings; ask for float32, float16 or int8"
+        )
 
 
 def _halved(rows: NDArray[np.float32]) -> NDArray[np.float16]:

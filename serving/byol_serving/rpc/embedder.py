@@ -13,13 +13,16 @@ from byol_serving.images import Pixels
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
 from byol_serving.rpc.calls import deadline_of
-from byol_serving.rpc.convert import embeddings_to_tensor, tensor_to_pixels
+from byol_serving.rpc.convert import (
+    check_embedding_dtype,
+    embeddings_to_tensor,
+    tensor_to_pixels,
+)
 from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Embeddings
 from byol_serving.rpc.pools import in_order
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_NO_ROWS = np.empty((0, 0), np.float32)
 
 
 class EmbedderService(byol_pb2_grpc.EmbedderServicer):
@@ -97,7 +100,7 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
     async def _embed(
         self, request: pb.EmbedRequest, deadline: float | None, *, wait: bool
     ) -> pb.EmbedResponse:
-        embeddings_to_tensor(_NO_ROWS, request.dtype)  # a wrong dtype is refused before any work
+        check_embedding_dtype(request.dtype)  # before any work
         if request.unnormalized and request.dtype == pb.DTYPE_INT8:
             raise InvalidRequest(
                 "int8 holds values from -1 to 1, which un-normalised embeddings exceed;"

@@ -6,9 +6,9 @@ one is closed when the last of them has let go.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import TracebackType
 
 from byol_serving.bundle import BundleInfo
 from byol_serving.errors import EncoderMismatch, FailedPrecondition, UnknownModel
@@ -114,14 +114,11 @@ class Models:
             raise UnknownModel(f"model {name!r} has no version {version!r}; loaded are: {known}")
         return versions[version]
 
-    @contextmanager
-    def using(self, name: str = "", version: str = "") -> Iterator[Model]:
+    def using(self, name: str = "", version: str = "") -> "Held":
         """The model, kept open until the block ends; raises as `find`."""
-        with _held(self.find(name, version)) as model:
-            yield model
+        return Held(self.find(name, version))
 
-    @contextmanager
-    def making(self, encoder_id: str, collection: str) -> Iterator[Model]:
+    def making(self, encoder_id: str, collection: str) -> "Held":
         """The model that makes a collection's vectors, kept open until the block ends.
 
         Raises:
@@ -130,15 +127,12 @@ class Models:
         """
         for model in self.all():
             if model.info.encoder_id == encoder_id:
-                break
-        else:
-            loaded = self.find().info.encoder_id
-            raise EncoderMismatch(
-                f"collection {collection!r} holds vectors of encoder {encoder_id[:12]}, not of"
-                f" {loaded[:12]}; use another collection, or serve the encoder that made it"
-            )
-        with _held(model):
-            yield model
+                return Held(model)
+        loaded = self.find().info.encoder_id
+        raise EncoderMismatch(
+            f"collection {collection!r} holds vectors of encoder {encoder_id[:12]}, not of"
+            f" {loaded[:12]}; use another collection, or serve the encoder that made it"
+        )
 
     async def close(self) -> None:
         """Closes all."""
@@ -146,13 +140,26 @@ class Models:
             await model.close()
 
 
-@contextmanager
-def _held(model: Model) -> Iterator[Model]:
-    model.requests += 1
-    model.idle.clear()
-    try:
-        yield model
-    finally:
-        model.requests -= 1
-        if not model.requests:
-            model.idle.set()
+class Held:
+    """A model that stays open while the `with` block lasts."""
+
+    def __init__(self, model: Model) -> None:
+        """Made by `Models` only."""
+        self._model = model
+
+    def __enter__(self) -> Model:
+        """The model."""
+        self._model.requests += 1
+        self._model.idle.clear()
+        return self._model
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Lets go of it."""
+        self._model.requests -= 1
+        if not self._model.requests:
+            self._model.idle.set()

@@ -1,5 +1,6 @@
 """Decoding and inference in one thread must answer as they do in two."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from PIL import Image
 
 from byol_serving.config import ServeConfig
 from byol_serving.encoder import Encoder
-from byol_serving.errors import InvalidImage
-from byol_serving.images import Pixels
+from byol_serving.errors import InvalidImage, Unavailable
+from byol_serving.images import ImageLimits, Pixels, Preprocess, load_input
 from byol_serving.rpc.pipeline import Pipeline
 from byol_serving.timing import STEPS, BatchRun, Step
 from serving.support import encoded, make_bundle, random_pixels, reference
@@ -84,6 +85,66 @@ async def test_an_encoder_that_fails_fails_the_request(encoder: Encoder) -> None
     with pytest.raises(RuntimeError, match="broken"):
         await asked.embed_images(FILES[:2])
     await asked.close()
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_thumbnails_stay_on_the_event_loop_and_give_the_same_rows(
+    encoder: Encoder, together: bool
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def embed(pixels: Pixels) -> NDArray[np.float32]:
+        threads.append(threading.current_thread())
+        return encoder.embed(pixels)
+
+    runs: list[tuple[str, BatchRun]] = []
+    config = ServeConfig(store=Path("unused"), max_batch=8, inference_workers=1, decode_workers=2)
+    how = encoder.bundle.info.preprocess
+    asked = Pipeline(embed, how, config, together=together, watch=lambda *run: runs.append(run))
+    steps: list[Step] = []
+    STEPS.set(steps)
+    files = [encoded(Image.fromarray(each), "JPEG") for each in PIXELS[:4]]
+    rows = await asked.embed_images(files)
+    np.testing.assert_array_equal(
+        rows, encoder.embed(np.stack([load_input(f, how) for f in files]))
+    )
+    assert [step.name for step in steps] == ["decode", "inference"]
+    assert items(runs, "decode") == items(runs, "inference") == 4
+    assert all(thread is threading.main_thread() for thread in threads) == together
+    with pytest.raises(InvalidImage, match="image 1: damaged JPEG") as caught:
+        await asked.embed_images([files[0], files[1][:-200] + b"\xff\xd8" * 100])
+    assert caught.value.position == 1
+    await asked.close()
+    with pytest.raises(Unavailable):
+        await asked.embed_images(files)
+
+
+@pytest.mark.parametrize("kind", ["large", "many", "progressive", "png"])
+async def test_what_may_take_long_is_never_decoded_on_the_event_loop(
+    encoder: Encoder, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def watched(data: bytes, how: Preprocess, limits: ImageLimits) -> Pixels:
+        threads.append(threading.current_thread())
+        return load_input(data, how, limits)
+
+    monkeypatch.setattr("byol_serving.decoder.load_input", watched)
+    small = Image.fromarray(PIXELS[0])
+    match kind:
+        case "large":
+            files = [encoded(small.resize((200, 200)), "JPEG")]
+        case "many":
+            files = [encoded(small, "JPEG")] * 5
+        case "progressive":
+            files = [encoded(small, "JPEG", progressive=True)]
+        case _:
+            files = [encoded(small, "PNG")]
+    asked = pipeline(encoder, together=True)
+    assert len(await asked.embed_images(files)) == len(files)
+    await asked.close()
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 def items(runs: Sequence[tuple[str, BatchRun]], step: str) -> int:
