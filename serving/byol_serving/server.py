@@ -43,7 +43,7 @@ _SWITCH_S = 0.001
 """How long a thread waits for Python's lock before it asks for it. Decoding gives the lock up for
 each image, and by default had to wait 5 ms behind a busy event loop."""
 
-_LEAVING_S = 1.0
+_LEAVING_S = 2.0
 """For answers to leave that gRPC has been given: a stop at once was seen to cut off their end."""
 
 
