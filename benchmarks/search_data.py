@@ -6,18 +6,15 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import faiss as _faiss
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from byol_serving.bundle import load_bundle
+from byol_serving.collections.faiss_library import faiss
 from byol_serving.encoder import Encoder
 from byol_serving.images import load_input
-
-faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
 
 Vectors = NDArray[np.float32]
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "train.tar"

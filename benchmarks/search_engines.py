@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import faiss as _faiss
 import numpy as np
 
 from byol_serving.collections import kinds
 from byol_serving.collections.collection import LocalCollection
+from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.filters import Range
 from harness import Peer
 from search_data import Data, Vectors
-
-faiss: Any = _faiss  # its stubs describe the C++ signatures, not Python's
 
 K = 10
 SHARES = {"0.1%": 1, "1%": 10, "10%": 100, "50%": 500}

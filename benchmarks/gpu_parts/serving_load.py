@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from gpu_parts import graphs
 from gpu_parts.rows import Asked, Row
 from load_material import photographs, pixels_of, untrained_resnet
 from load_servers import Window, our_server
@@ -96,4 +97,8 @@ def _served(
     ]
 
 
-CHECKS = {"ResNet-18 at 224": resnet18, "ResNet-50 at 224": resnet50}
+CHECKS = {
+    "ResNet-18 at 224": resnet18,
+    "ResNet-50 at 224": resnet50,
+    "CUDA graphs": graphs.resnet18,
+}

@@ -40,7 +40,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PP
 _MAX_SCANS = 100
 """Of a progressive JPEG: a file of 100 kB may hold thousands, and take minutes."""
 _MAX_PIECES = 65536
-"""Of a TIFF; as many as the rows of the highest that its older readers can take."""
+"""Of a TIFF: enough for strips of one row each, and half a second of Pillow's time."""
 _WIDE_BLOCK = 2**20
 """Values of a 16-bit image that are made 8-bit at a time, as float64."""
 

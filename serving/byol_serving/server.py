@@ -43,6 +43,9 @@ _SWITCH_S = 0.001
 """How long a thread waits for Python's lock before it asks for it. Decoding gives the lock up for
 each image, and by default had to wait 5 ms behind a busy event loop."""
 
+_LEAVING_S = 1.0
+"""For answers to leave that gRPC has been given: a stop at once was seen to cut off their end."""
+
 
 class Running:
     """A process that answers."""
@@ -94,7 +97,7 @@ class Running:
         except TimeoutError:
             log.warning("%d calls were cut off after %g s", self._calls.in_flight, seconds)
             drained = False
-        await self._server.stop(None)
+        await self._server.stop(_LEAVING_S if drained else None)
         await closing
         return drained
 

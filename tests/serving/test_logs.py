@@ -1,5 +1,6 @@
 """What the log says of a client that leaves while it is being answered."""
 
+import json
 import logging
 from collections.abc import Iterator
 
@@ -36,3 +37,13 @@ def test_a_client_that_left_is_a_line_and_other_errors_stay(
     )
     assert " ERROR " in other
     assert trace[-1] == "RuntimeError: batch"
+
+
+@pytest.mark.usefixtures("configured")
+def test_lines_of_several_processes_say_which(capsys: pytest.CaptureFixture[str]) -> None:
+    for form in ("text", "json"):
+        logs.configure(form, "info", calls=False, process=2)
+        logging.getLogger("byol.server").warning("here")
+    text, line = capsys.readouterr().err.splitlines()
+    assert " [2] WARNING byol.server here" in text
+    assert json.loads(line)["process"] == 2

@@ -22,6 +22,8 @@ PATIENCE_S = 10.0
 """Deadline of calls that are to be answered or refused; the queue holds far less."""
 STARVED = "late, the sender was starved"
 _STARVED_S = 1.0
+_OWN = (("grpc.use_local_subchannel_pool", 1),)
+"""Each kind of client has a connection of its own, and so perhaps a process of the server."""
 _STEP_S = 0.02
 """Open-loop senders wake up so often."""
 
@@ -68,7 +70,7 @@ class Load:
                 await self._check_embed(stub, rows, "warm-up")
                 answered += len(rows)
 
-        async with grpc.aio.insecure_channel(self.address) as channel:
+        async with grpc.aio.insecure_channel(self.address, _OWN) as channel:
             stub = byol_pb2_grpc.EmbedderStub(channel)
             began = time.monotonic()
             await asyncio.gather(*(ask(stub) for _ in range(clients)))
@@ -107,7 +109,7 @@ class Load:
         while not self.done.is_set():
             batches = [self._choose(4) for _ in range(10)]
             self.outcome.started["stream"] += 1
-            async with grpc.aio.insecure_channel(self.address) as channel:
+            async with grpc.aio.insecure_channel(self.address, _OWN) as channel:
                 call = byol_pb2_grpc.EmbedderStub(channel).EmbedStream(
                     self._requests(batches), timeout=60
                 )
@@ -128,7 +130,7 @@ class Load:
 
     async def switching(self, every_s: float) -> None:
         """Switches the model to and fro, and unloads the version that was in use."""
-        async with grpc.aio.insecure_channel(self.address) as channel:
+        async with grpc.aio.insecure_channel(self.address, _OWN) as channel:
             stub: Any = admin_pb2_grpc.AdminStub(channel)
             while not self.done.is_set():
                 for version in reversed(SEEDS):
@@ -168,7 +170,7 @@ class Load:
         async def one(stub: Any) -> None:
             self.outcome.count(kind, await call(stub))
 
-        async with grpc.aio.insecure_channel(self.address) as channel:
+        async with grpc.aio.insecure_channel(self.address, _OWN) as channel:
             stub = byol_pb2_grpc.EmbedderStub(channel)
             following = time.monotonic()
             while not self.done.is_set():

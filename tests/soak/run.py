@@ -8,7 +8,7 @@ clients that are killed. What must hold afterwards:
 - a good request was refused at once or answered within its deadline, never anything else;
 - nothing is left in the queues, and the log has no traceback;
 - memory has not grown past `MEMORY_FACTOR` times what it was after the first part of the load,
-  plus `MEMORY_BYTES`, plus `SWITCH_BYTES` for each switch of the model.
+  plus `MEMORY_BYTES`, plus `SWITCH_BYTES` for each switch of the model in each process.
 
 Exit status 0 if all of it holds. The last line is JSON.
 """
@@ -51,6 +51,7 @@ class Server:
     address: str
     metrics: str
     log: Path
+    processes: int
 
     def samples(self) -> dict[str, float]:
         """Each metric's value, summed over its labels."""
@@ -64,15 +65,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(material: Material, folder: Path) -> Iterator[Server]:
-    """`byol serve` as a process of its own; drained at the end, which must take no error."""
+def served(material: Material, folder: Path, processes: int = 1) -> Iterator[Server]:
+    """`byol serve`, started and drained at the end, which must take no error."""
     log = folder / "server.log"
     port = _free_port()
     command = [
         *(sys.executable, "-m", "byol_cli.main", "serve", "--json", "--port", "0"),
         *("--models", str(material.folder), "--default-model", MODEL),
         *("--max-queued-images", str(QUEUE), "--metrics-port", str(port), "--max-batch", "16"),
-        *("--device", "cpu"),
+        *("--device", "cpu", "--processes", str(processes)),
     ]
     with log.open("w") as sink:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sink, text=True)
@@ -82,7 +83,7 @@ def served(material: Material, folder: Path) -> Iterator[Server]:
         if not line:
             raise SystemExit(f"the server did not start:\n{log.read_text()}")
         address = json.loads(line)["serving"]
-        yield Server(address, f"http://127.0.0.1:{port}/metrics", log)
+        yield Server(address, f"http://127.0.0.1:{port}/metrics", log, processes)
         server.terminate()
         if (status := server.wait(60)) != 0:
             raise SystemExit(f"the server ended with status {status}:\n{log.read_text()[-5000:]}")
@@ -119,7 +120,7 @@ async def soak(server: Server, material: Material, seconds: float, folder: Path)
     await clients
     idle = await _until_idle(server)
     switches = load.outcome.ended["switch", "OK"] - switches
-    limit = before * MEMORY_FACTOR + MEMORY_BYTES + SWITCH_BYTES * switches
+    limit = before * MEMORY_FACTOR + MEMORY_BYTES + SWITCH_BYTES * switches * server.processes
     return _report(load, server, capacity, before, limit, idle)
 
 
@@ -186,12 +187,14 @@ def main() -> None:
     """Runs it and exits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300.0, help="how long; default 300")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--processes", type=int, default=1, help="of the server; default 1")
+    given = parser.parse_args()
+    seconds = given.seconds
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         material = make_material(Path(scratch) / "models")
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the clients that are killed
-        with served(material, Path(scratch)) as server:
+        with served(material, Path(scratch), given.processes) as server:
             report = asyncio.run(soak(server, material, seconds, Path(scratch)))
     for fault in report["faults"]:
         print(f"FAULT {fault}", file=sys.stderr)

@@ -20,6 +20,7 @@ from byol_serving.collections.exact import (
     share_cores,
     unpack,
 )
+from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.types import Vectors
 from serving.collections.model import clustered
 
@@ -90,10 +91,10 @@ def test_searches_at_once_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> No
     threads = []
     for queries in (1, 64):
         share_cores(queries)
-        threads.append(exact.faiss.omp_get_max_threads())
+        threads.append(faiss.omp_get_max_threads())
     with SEARCHING, SEARCHING:
         share_cores(64)
-        threads.append(exact.faiss.omp_get_max_threads())
+        threads.append(faiss.omp_get_max_threads())
     assert threads == [1, 4, 2]
     assert SEARCHING.count == 0
 
