@@ -4,8 +4,8 @@ Threads that share Python's lock lose some 50 µs each time that they hand it to
 more than a thumbnail takes through a small encoder. On the loop nothing is handed over; but a batch
 that left at once would be of one request nearly always, since the loop takes them in one by one. So
 a batch is held back while requests follow each other within `_LINGER_S`, or twice that while there
-are fewer than in the last batch; the loop goes on with its other work meanwhile. Where this brought nobody a few times, there is one client,
-whose requests leave at once.
+are fewer than in the last batch; the loop goes on with its other work meanwhile. Where this brought
+nobody a few times, there is one client, whose requests leave at once.
 """
 
 import asyncio
