@@ -17,6 +17,8 @@ from typing import Any
 import grpc
 import uvloop
 
+CALL_S = 30.0
+"""A call without an answer is lost after so long, and counted as failed."""
 Send = Callable[[bytes], Awaitable[int]]
 """Sends a request's body and returns the size of the answer's."""
 
@@ -29,7 +31,7 @@ async def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
         window = json.loads(line)
-        senders = await connect(setup, window["clients"])
+        senders = await connect(setup, window["clients"], window["connections"])
         answer = await load(senders, bodies, window["seconds"], setup["answer_bytes"])
         print(json.dumps(answer), flush=True)
 
@@ -54,7 +56,7 @@ async def load(
             sent = time.perf_counter()
             try:
                 good = await send(next(bodies)) >= answer_bytes
-            except (grpc.RpcError, OSError, asyncio.IncompleteReadError):
+            except (grpc.RpcError, OSError, asyncio.IncompleteReadError, TimeoutError):
                 good = False
                 await asyncio.sleep(0.05)  # a dead connection fails without giving others a turn
             answered += 1
@@ -76,20 +78,24 @@ async def load(
     return {"latencies": counted, "seconds": took, "failed": failed, "client_cpu_s": used}
 
 
-async def grpc_sender(setup: dict[str, Any], clients: int) -> list[Send]:
-    """One connection for all: HTTP/2 carries many calls at a time."""
-    global _channel
-    if _channel is None:
-        _channel = grpc.aio.insecure_channel(setup["address"])
-    call: Any = _channel.unary_unary(setup["method"])  # bytes in, bytes out
+async def grpc_sender(setup: dict[str, Any], clients: int, connections: int) -> list[Send]:
+    """HTTP/2 carries many calls at a time; a server of several processes wants connections."""
+    while len(_channels) < connections:
+        own = (("grpc.use_local_subchannel_pool", 1),)
+        _channels.append(grpc.aio.insecure_channel(setup["address"], own))
 
-    async def send(body: bytes) -> int:
-        return len(await call(body, timeout=60))
+    def sender(channel: grpc.aio.Channel) -> Send:
+        call: Any = channel.unary_unary(setup["method"])  # bytes in, bytes out
 
-    return [send] * clients
+        async def send(body: bytes) -> int:
+            return len(await call(body, timeout=CALL_S))
+
+        return send
+
+    return [sender(_channels[each % connections]) for each in range(clients)]
 
 
-async def http_sender(setup: dict[str, Any], clients: int) -> list[Send]:
+async def http_sender(setup: dict[str, Any], clients: int, connections: int) -> list[Send]:
     """A connection for each client, new in each window: servers end those that were idle."""
     host, _, port = setup["address"].rpartition(":")
     while _connections:
@@ -104,9 +110,11 @@ async def http_sender(setup: dict[str, Any], clients: int) -> list[Send]:
         async def send(body: bytes) -> int:
             writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
             writer.write(body)
-            lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
-            length = next(int(ln.split(":")[1]) for ln in lines if ln.startswith("content-length"))
-            await reader.readexactly(length)
+            async with asyncio.timeout(CALL_S):
+                lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
+                named = (ln for ln in lines if ln.startswith("content-length"))
+                length = int(next(named).split(":")[1])
+                await reader.readexactly(length)
             return length if lines[0].split()[1] == "200" else -1
 
         return send
@@ -114,7 +122,7 @@ async def http_sender(setup: dict[str, Any], clients: int) -> list[Send]:
     return [sender(*connection) for connection in _connections]
 
 
-_channel: grpc.aio.Channel | None = None
+_channels: list[grpc.aio.Channel] = []
 _connections: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Servers and clients as processes, for benchmarks/serve_load.py: start, watch, stop."""
 
 import json
+import math
 import os
+import select
 import signal
 import socket
 import statistics
@@ -23,6 +25,18 @@ from harness import HERE, PEER_PYTHON
 SERVING = HERE.parent / "serving"
 _TICK = os.sysconf("SC_CLK_TCK")
 _START_S = 90.0
+_PATIENCE_S = 90.0
+"""For what a window takes beyond its seconds; a lost call ends after load_client.CALL_S."""
+_EDGE = "edge-of-a-part"
+_PEERS: dict[str, dict[str, str]] = {
+    "litserve": {
+        "protocol": "http",
+        "method": "/predict",
+        "content": f"multipart/form-data; boundary={_EDGE}",
+    },
+    "pytriton": {"protocol": "grpc", "method": "/inference.GRPCInferenceService/ModelInfer"},
+}
+"""How each is asked."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +44,23 @@ class Window:
     """What happened in some seconds of load on one server."""
 
     images_per_s: float
-    p50_ms: float
-    p99_ms: float
+    latencies_ms: Sequence[float]
+    """Of each call that was answered, sorted."""
     cpu_ms: float
     """Of the server, for each image."""
     client_cpu_ms: float
     failed: int
+
+    @property
+    def p50_ms(self) -> float:
+        """The median; no number where nothing was answered."""
+        return statistics.median(self.latencies_ms) if self.latencies_ms else math.nan
+
+    @property
+    def p99_ms(self) -> float:
+        """Which one call of a hundred exceeds."""
+        count = len(self.latencies_ms)
+        return self.latencies_ms[min(count - 1, int(count * 0.99))] if count else math.nan
 
 
 class Server:
@@ -44,49 +69,47 @@ class Server:
     def __init__(
         self, name: str, command: Sequence[str], facts: dict[str, Any], bodies: Path
     ) -> None:
-        """Starts both; `facts` is where it will be, unless it says so itself."""
+        """Starts both; `facts` says where it will be and how it is asked."""
         self.name = name
-        self._stack = ExitStack()
-        environment = os.environ | {"PYTHONPATH": str(SERVING), "PYTHONWARNINGS": "ignore"}
-        log = self._stack.enter_context((bodies.parent / f"{bodies.name}.log").open("w"))
-        self._process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
+        self.address: str = facts["address"]
         self._family: set[int] = set()
-        self._stack.callback(self._end)
-        facts = {**facts, **self._line(self._process)}
-        self._wait_until_reachable(facts["address"])
-        self._clients = subprocess.Popen(
-            [sys.executable, str(HERE / "load_client.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._stack.callback(self._clients.kill)
-        self._ask({**facts, "bodies": str(bodies), "answer_bytes": 4 * DIM})
-        self._wait_until_it_answers()
+        with ExitStack() as stack:
+            log = stack.enter_context((bodies.parent / f"{bodies.name}.log").open("w"))
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                # Not a pipe: a server that logs would stop once it is full. (Triton's lines were
+                # seen in the middle of what a peer said there, too.)
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PYTHONPATH": str(SERVING), "PYTHONWARNINGS": "ignore"},
+                start_new_session=True,
+            )
+            stack.callback(self._end)
+            self._wait_until_reachable(self.address)
+            self._clients = subprocess.Popen(
+                [sys.executable, str(HERE / "load_client.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(self._clients.kill)
+            self._ask({**facts, "bodies": str(bodies), "answer_bytes": 4 * DIM})
+            self._wait_until_it_answers()
+            self._stack = stack.pop_all()
 
-    def window(self, clients: int, seconds: float) -> Window:
-        """Closed-loop load by so many clients."""
+    def window(self, clients: int, seconds: float, connections: int = 1) -> Window:
+        """Closed-loop load by so many clients, who share the connections where that is gRPC."""
         began, before = time.monotonic(), self._cpu_s()
-        answer = self._ask({"clients": clients, "seconds": seconds})
+        answer = self._ask({"clients": clients, "seconds": seconds, "connections": connections})
         # Of the window and the moments before and after it, when the load was the same.
         used = (self._cpu_s() - before) * answer["seconds"] / (time.monotonic() - began)
-        latencies = sorted(answer["latencies"])
-        count = len(latencies)
-        if not count:
-            return Window(0.0, float("nan"), float("nan"), 0.0, 0.0, answer["failed"])
+        count = len(answer["latencies"])
         return Window(
             images_per_s=count / answer["seconds"],
-            p50_ms=1000 * statistics.median(latencies),
-            p99_ms=1000 * latencies[min(count - 1, int(count * 0.99))],
-            cpu_ms=1000 * used / count,
-            client_cpu_ms=1000 * answer["client_cpu_s"] / count,
+            latencies_ms=sorted(1000 * each for each in answer["latencies"]),
+            cpu_ms=1000 * used / max(count, 1),
+            client_cpu_ms=1000 * answer["client_cpu_s"] / max(count, 1),
             failed=answer["failed"],
         )
 
@@ -109,21 +132,22 @@ class Server:
         assert self._clients.stdin is not None
         self._clients.stdin.write(json.dumps(request) + "\n")
         self._clients.stdin.flush()
-        return self._line(self._clients)
-
-    def _line(self, process: "subprocess.Popen[str]") -> dict[str, Any]:
-        """The next line that is JSON: some peers print what nobody asked for."""
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        raise SystemExit(f"{self.name} ended early, exit code {process.wait()}")
+        answers = self._clients.stdout
+        assert answers is not None
+        patience = request.get("seconds", 0.0) + _PATIENCE_S
+        if not select.select([answers], [], [], patience)[0]:
+            raise SystemExit(f"{self.name}: its clients gave no account within {patience:.0f} s")
+        if not (line := answers.readline()):
+            raise SystemExit(f"{self.name}: its clients ended, status {self._clients.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
 
     def _wait_until_reachable(self, address: str) -> None:
         host, _, port = address.rpartition(":")
         until = time.monotonic() + _START_S
         while time.monotonic() < until:
+            if (status := self._process.poll()) is not None:
+                raise SystemExit(f"{self.name} ended early, exit status {status}")
             try:
                 with socket.create_connection((host, int(port)), timeout=1):
                     return
@@ -135,7 +159,9 @@ class Server:
         until, seconds = time.monotonic() + _START_S, 0.3
         while time.monotonic() < until:
             window = self.window(1, seconds)
-            if window.images_per_s > 0 and not window.failed:
+            if window.failed:
+                continue  # some listen before they have loaded their model
+            if window.images_per_s > 0:
                 return
             seconds *= 2  # one answer of a large encoder on a busy machine may take longer
         raise SystemExit(f"{self.name} listens, but does not answer as it should")
@@ -179,22 +205,20 @@ class Server:
                     self._process.wait(5)
                 except subprocess.TimeoutExpired:
                     continue
-        assert self._process.stdout is not None
-        self._process.stdout.close()
         self._process.wait()
 
 
-def ours(load: Load, scratch: Path) -> Server:
+def ours(load: Load, scratch: Path, processes: int = 1) -> Server:
     """`byol serve`."""
-    bodies = scratch / f"{load.name}-ours"
+    bodies = scratch / f"{load.name}-ours-{processes}"
     bodies.mkdir()
     for path in load.images.iterdir():
         request = pb.EmbedRequest(images=[path.read_bytes()])
         (bodies / path.name).write_bytes(request.SerializeToString())
-    return our_server(load.bundle, bodies)
+    return our_server(load.bundle, bodies, processes)
 
 
-def our_server(bundle: Bundle, bodies: Path) -> Server:
+def our_server(bundle: Bundle, bodies: Path, processes: int = 1) -> Server:
     """`byol serve` with clients that send serialised EmbedRequests, the files in `bodies`."""
     port = free_port()
     command = [sys.executable, "-m", "byol_cli.main", "serve", "--json", "--port", str(port)]
@@ -203,7 +227,8 @@ def our_server(bundle: Bundle, bodies: Path) -> Server:
         "method": "/byol.v1.Embedder/Embed",
         "address": f"127.0.0.1:{port}",
     }
-    return Server("ours", [*command, "--bundle", str(bundle.path)], facts, bodies)
+    command += ["--bundle", str(bundle.path), "--processes", str(processes)]
+    return Server("ours", command, facts, bodies)
 
 
 def peer(name: str, load: Load, scratch: Path) -> Server:
@@ -212,15 +237,18 @@ def peer(name: str, load: Load, scratch: Path) -> Server:
         raise SystemExit("peers are not installed: run make bench-peers, or give --no-peers")
     bodies = scratch / f"{load.name}-{name}"
     bodies.mkdir()
+    port = free_port()
     setup = {
         "model": str(load.bundle.model_path),
         "size": load.bundle.info.preprocess.size,
         "images": str(load.images),
         "bodies": str(bodies),
-        "port": free_port(),
+        "port": port,
+        "edge": _EDGE,
     }
+    facts = _PEERS[name] | {"address": f"127.0.0.1:{port}"}
     script = HERE / "peers" / f"{name}_peer.py"
-    return Server(name, [str(PEER_PYTHON), str(script), json.dumps(setup)], {}, bodies)
+    return Server(name, [str(PEER_PYTHON), str(script), json.dumps(setup)], facts, bodies)
 
 
 def free_port() -> int:

@@ -28,10 +28,11 @@ import torch
 from byol_serving.bundle import MODEL_FILE, Bundle
 from byol_serving.encoder import Encoder
 from byol_serving.images import ImageLimits, Pixels, Preprocess
+from byol_serving.indexing.entries import Entry
 from byol_serving.indexing.pipeline import ahead, run
 from byol_serving.indexing.plan import EmbedPlan
 from byol_serving.indexing.sinks import ParquetSink
-from byol_serving.indexing.sources import Entry, open_source
+from byol_serving.indexing.sources import open_source
 from byol_serving.indexing.stages import Decoded, Rejected, decode
 from byol_training.config import AugmentConfig
 from byol_training.data import list_images, load_images

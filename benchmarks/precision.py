@@ -20,6 +20,7 @@ from byol_training.data import Images, common_labels
 from byol_training.evaluate import untrained
 from byol_training.neighbours import Embeddings, knn_accuracy
 from byol_training.pretrain import Progress, pretrain
+from byol_training.recipes import small_config
 from byol_training.served import ServedEncoder
 from harness import Rate, options, report
 
@@ -31,7 +32,7 @@ def main() -> None:
     chosen = options(__doc__ or "")
     count, asked, epochs = (1000, 500, 1) if chosen.quick else (5000, 5000, 5)
     bank, queries = load(CIFAR / "train.tar", count), load(CIFAR / "test.tar", asked)
-    config = TrainConfig.small(epochs=epochs)
+    config = small_config(epochs=epochs)
     accuracy = scorer(bank, queries)
     fresh = untrained(config)
     results = {"kNN untrained": Rate("%", (accuracy(fresh),))}

@@ -36,7 +36,7 @@ from byol_training.data import Images, common_labels, list_images, load_images
 from byol_training.evaluate import Embed, Subject, pixel_embeddings, untrained
 from byol_training.neighbours import Embeddings, knn_accuracy, neighbour_stability
 from byol_training.pretrain import pretrain
-from byol_training.recipes import load_recipe
+from byol_training.recipes import load_recipe, small_config
 from byol_training.served import ServedEncoder
 from byol_training.whitening import fit_whitening
 
@@ -111,7 +111,7 @@ def options() -> Plan:
 
 def cpu_config(epochs: int) -> TrainConfig:
     """The recipe `small`, in float32 as lightly is."""
-    return TrainConfig.small(
+    return small_config(
         epochs=epochs, device="cpu", precision="fp32", checkpoint_every_epochs=1, log_every=26
     )
 

@@ -2,11 +2,13 @@
 
 Three loads: VGA photographs with ResNet-18 at 224; the same with a tiny encoder; JPEGs of 32 pixels
 with a tiny encoder, where the server and not the model is measured. `raw` decodes and runs ONNX
-Runtime in one process with as many threads and batches as our server, and no server. All servers
-are alive together and are measured in rotating windows; peers decode with our decoder.
+Runtime in one process with as many threads and batches as our server, and no server. On the last
+load several processes of ours are held against one that serves as many connections. All servers are
+alive together and are measured in rotating windows; peers decode with our decoder.
 """
 
 import itertools
+import math
 import queue
 import signal
 import statistics
@@ -35,6 +37,7 @@ from load_servers import Server, Window, ours, peer
 
 from byol_serving.batch_curve import BatchCurve
 from byol_serving.bundle import Bundle, cosine_distance
+from byol_serving.config import available_cpus
 from byol_serving.encoder import Encoder
 from byol_serving.images import Pixels, load_input
 from harness import Options, Rate, interleaved, options, report
@@ -42,6 +45,11 @@ from harness import Options, Rate, interleaved, options, report
 CLIENTS = (1, 8, 32, 128)
 PEERS = ("litserve", "pytriton")
 PEER_CLIENTS = 32
+PROCESSES = max(2, available_cpus() // 4)
+CONNECTIONS = 32
+"""Which the system spreads over the processes; one client each."""
+ONE = f"1 process, {CONNECTIONS} channels"
+SEVERAL = f"{PROCESSES} processes, {CONNECTIONS} channels"
 MOST_IN_A_BATCH = 16
 """Of the raw loop: larger batches of decoding win nothing, and make its windows coarse."""
 
@@ -65,7 +73,7 @@ def main() -> None:
     """Measures and prints."""
     chosen = options(__doc__ or "")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended too
-    rounds, seconds = (1, 0.6) if chosen.quick else (7, 5.0)
+    rounds, seconds = (1, 0.6) if chosen.quick else (7, 3.0)
     photos, small = photographs(16 if chosen.quick else 64), small_images(256)
     results: dict[str, Rate] = {}
     ratios: dict[str, float] = {}
@@ -118,21 +126,28 @@ def measure(
     with ExitStack() as stack:
         servers: dict[str, Server] = {"ours": ours(load, scratch)}
         stack.callback(servers["ours"].stop)
+        if load.name == "tiny":
+            servers["processes"] = ours(load, scratch, PROCESSES)
+            stack.callback(servers["processes"].stop)
         for name in peers:
             servers[name] = peer(name, load, scratch)
             stack.callback(servers[name].stop)
         # Many requests to a large encoder take seconds, which a quick run does not have.
         slow, quick = load.name == "resnet18", seconds < 1
         most = (8 if slow else 32) if quick else max(CLIENTS)
-        plan = [(f"ours, {n} clients", "ours", n) for n in CLIENTS if n <= most]
-        plan += [(f"{name}, {PEER_CLIENTS} clients", name, PEER_CLIENTS) for name in peers]
+        plan = [(f"ours, {n} clients", "ours", n, 1) for n in CLIENTS if n <= most]
+        plan += [(f"{name}, {PEER_CLIENTS} clients", name, PEER_CLIENTS, 1) for name in peers]
+        if "processes" in servers:
+            plan += [(ONE, "ours", CONNECTIONS, CONNECTIONS)]
+            plan += [(SEVERAL, "processes", CONNECTIONS, CONNECTIONS)]
         single = raw_single_ms(files, load.bundle, encoder, seconds)
         for number in range(rounds + 1):
-            raw = raw_loop(files, encoder, curve, load.bundle, seconds)
+            lasts = seconds if number else min(seconds, 1.0)
+            raw = raw_loop(files, encoder, curve, load.bundle, lasts)
             if number:
                 rates.setdefault("raw", []).append(raw)
-            for label, name, clients in plan:
-                window = servers[name].window(clients, seconds)
+            for label, name, clients, connections in plan:
+                window = servers[name].window(clients, lasts, connections)
                 if number:
                     rates.setdefault(label, []).append(window.images_per_s)
                     windows.setdefault(label, []).append(window)
@@ -196,12 +211,25 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     for name in peers:
         theirs = f"{name}, {PEER_CLIENTS} clients"
         ratios[f"{load}_vs_{name}"] = found.ratio(f"ours, {PEER_CLIENTS} clients", theirs)
-    steady = found.windows["ours, 8 clients"]
-    ratios[f"{load}_p99_vs_p50"] = statistics.median(w.p99_ms / w.p50_ms for w in steady)
+    if SEVERAL in found.rates:
+        ratios["processes_vs_one"] = found.ratio(SEVERAL, ONE)
+    ratios[f"p99_vs_p50_{load}"] = unevenness(found.windows["ours, 8 clients"])
+    for clients in CLIENTS[2:]:
+        if crowded := found.windows.get(f"ours, {clients} clients"):
+            ratios[f"p99_vs_p50_{load}_{clients}"] = unevenness(crowded)
     alone = statistics.median(w.p50_ms for w in found.windows["ours, 1 clients"])
     key = "idle_overhead_ms" if load == "vga_tiny" else f"{load}_idle_overhead_ms"
     ratios[key] = alone - found.raw_single_ms
     return ratios
+
+
+def unevenness(windows: list[Window]) -> float:
+    """The 99th percentile over the median of all rounds' latencies.
+
+    Each is divided by its own round's median first: a machine that drifts is not uneven answers.
+    """
+    shares = sorted(each / w.p50_ms for w in windows for each in w.latencies_ms)
+    return shares[int(len(shares) * 0.99)] if shares else math.nan
 
 
 def print_windows(load: Load, found: Measured) -> None:

@@ -19,6 +19,7 @@ from byol_training.feed import Feed
 from byol_training.lars import build_optimizer
 from byol_training.machine import Machine, choose_machine, compile_networks
 from byol_training.pretrain import build_model, gradients
+from byol_training.recipes import small_config
 
 
 def onnx_embeddings(asked: Asked) -> list[Row]:
@@ -128,7 +129,7 @@ def _apart(one: list[float], other: list[float]) -> float:
 
 
 def _config(asked: Asked) -> TrainConfig:
-    return TrainConfig.small(
+    return small_config(
         encoder="small" if asked.quick else "resnet18",
         stem="small",
         batch_size=32 if asked.quick else 256,

@@ -12,6 +12,7 @@ from byol_training.data import Images, common_labels
 from byol_training.neighbours import Embeddings, knn_accuracy
 from byol_training.pretrain import pretrain
 from byol_training.probes import logistic_probe
+from byol_training.recipes import small_config
 from byol_training.served import ServedEncoder
 
 
@@ -30,7 +31,7 @@ def longest(asked: Asked) -> list[Row]:
 
 def _config(asked: Asked) -> TrainConfig:
     if asked.quick:
-        return TrainConfig.small(epochs=1, device=asked.device)
+        return small_config(epochs=1, device=asked.device)
     return dataclasses.replace(gpu_config(), device=asked.device)
 
 

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 
 from byol_serving.images import Pixels, Preprocess, load_input
 
-BOUNDARY = "edge-of-a-part"
-
 
 class Embed(litserve.LitAPI):  # type: ignore[misc]  # LitServe ships no types
     """Bytes to pixels to a vector."""
@@ -57,26 +55,20 @@ class Embed(litserve.LitAPI):  # type: ignore[misc]  # LitServe ships no types
 
 
 def main() -> None:
-    """Writes the request bodies, says where it will be, and serves."""
+    """Writes the request bodies, then serves."""
     setup: dict[str, Any] = json.loads(sys.argv[1])
+    edge = setup["edge"]
     for path in Path(setup["images"]).iterdir():
         head = (
-            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="i.jpg"\r\n'
+            f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="i.jpg"\r\n'
             "Content-Type: image/jpeg\r\n\r\n"
         )
-        body = head.encode() + path.read_bytes() + f"\r\n--{BOUNDARY}--\r\n".encode()
+        body = head.encode() + path.read_bytes() + f"\r\n--{edge}--\r\n".encode()
         (Path(setup["bodies"]) / path.name).write_bytes(body)
     api = Embed(setup["model"], setup["size"])
     server = litserve.LitServer(
         api, accelerator="cpu", workers_per_device=len(os.sched_getaffinity(0)), timeout=60
     )
-    facts = {
-        "protocol": "http",
-        "method": "/predict",
-        "content": f"multipart/form-data; boundary={BOUNDARY}",
-        "address": f"127.0.0.1:{setup['port']}",
-    }
-    print(json.dumps(facts), flush=True)
     server.run(host="127.0.0.1", port=setup["port"], log_level="error", generate_client_file=False)
 
 

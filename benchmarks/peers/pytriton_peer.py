@@ -61,7 +61,7 @@ def request_of(image: bytes) -> bytes:
 
 
 def main() -> None:
-    """Writes the request bodies, says where it will be, and serves."""
+    """Writes the request bodies, then serves."""
     setup: dict[str, Any] = json.loads(sys.argv[1])
     for path in Path(setup["images"]).iterdir():
         (Path(setup["bodies"]) / path.name).write_bytes(request_of(path.read_bytes()))
@@ -83,12 +83,6 @@ def main() -> None:
                 max_batch_size=32, batcher=DynamicBatcher(max_queue_delay_microseconds=1000)
             ),
         )
-        facts = {
-            "protocol": "grpc",
-            "method": "/inference.GRPCInferenceService/ModelInfer",
-            "address": f"127.0.0.1:{port}",
-        }
-        print(json.dumps(facts), flush=True)
         server.serve()
 
 

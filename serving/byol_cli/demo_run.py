@@ -20,7 +20,6 @@ from byol_serving.client import Client
 from byol_serving.collections.types import Hit
 from byol_serving.errors import Unavailable
 from byol_training import demo_data
-from byol_training.config import TrainConfig
 from byol_training.contact_sheet import neighbour_sheet
 from byol_training.data import Images, common_labels, load_images, read_images
 from byol_training.demo_data import Part
@@ -28,6 +27,7 @@ from byol_training.evaluate import pixel_embeddings, untrained
 from byol_training.export import export_run
 from byol_training.neighbours import Embeddings, Labels, knn_accuracy
 from byol_training.pretrain import pretrain
+from byol_training.recipes import small_config
 
 Item = TypeVar("Item")
 
@@ -76,7 +76,7 @@ def run_demo(data: str, out: Path, *, train_seconds: float, quiet: bool) -> Demo
     say(f"1/5 images: {data}")
     out.mkdir(parents=True, exist_ok=True)
     held = demo_data.prepare(data, out / "data")
-    config = TrainConfig.small(max_seconds=train_seconds)
+    config = small_config(max_seconds=train_seconds)
     bank, queries = (_load(part, config.image_size) for part in (held.collection, held.queries))
     say(f"    {len(bank):,} to learn from, {len(queries):,} held back")
 

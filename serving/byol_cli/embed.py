@@ -26,6 +26,12 @@ from byol_cli.output import json_option
     show_default=True,
     help="Parquet shards, or .npy with .jsonl beside them.",
 )
+@click.option(
+    "--features", help="Also the dense maps of these stages of the bundle, like layer3,layer4."
+)
+@click.option(
+    "--unnormalized", is_flag=True, help="Vectors as they are before they are brought to length 1."
+)
 @plan_options
 @quiet_option
 @json_option
@@ -35,6 +41,8 @@ def command(
     engine: Engine,
     out: Path,
     kind: Literal["parquet", "npy"],
+    features: str | None,
+    unnormalized: bool,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -48,15 +56,23 @@ def command(
     Example:  byol embed photos --bundle bundles/photos --out vectors
               byol embed s3://bucket/photos --bundle bundles/photos --out vectors --sync
               byol embed photos --bundle bundles/photos --out vectors --engine ray
+              byol embed photos --bundle bundles/photos --out maps --features layer4
     """
     from byol_serving.bundle import load_bundle
+    from byol_serving.indexing.columns import columns_of
     from byol_serving.indexing.plan import EmbedPlan
     from byol_serving.indexing.sinks import NpySink, ParquetSink
 
     plan = EmbedPlan(source=source, out=out, **settings)
     bundle = load_bundle(bundle_path)
     info = bundle.info
-    sink = ParquetSink(info.dim, info.encoder_id) if kind == "parquet" else NpySink(info.dim)
+    stages = features.split(",") if features else ()
+    columns = columns_of(info, stages, normalize=not unnormalized)
+    sink = (
+        ParquetSink(info.dim, info.encoder_id, columns)
+        if kind == "parquet"
+        else NpySink(info.dim, columns)
+    )
     with offline_bar(quiet or as_json) as on_progress:
         summary = engine.run(plan, bundle, sink, on_progress)
     finish(summary, as_json)

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from byol_cli.offline import quiet_option
 from byol_cli.options import LONG_S, connected, index_option, parsed, server_option, where_option
 from byol_cli.output import emit, json_option, table
+from byol_cli.progress import client_bar
 from byol_serving.errors import UnknownCollection
 
 if TYPE_CHECKING:
@@ -127,9 +130,16 @@ def export(name: str, file: Path, where: Any, server: str, as_json: bool) -> Non
 @click.option("--encoder-id", default="", help="Where the files do not name the encoder.")
 @index_option("auto")
 @server_option
+@quiet_option
 @json_option
 def import_(
-    name: str, source: Path, encoder_id: str, index: Any, server: str, as_json: bool
+    name: str,
+    source: Path,
+    encoder_id: str,
+    index: Any,
+    server: str,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Bring Parquet files into collection NAME, made if need be.
 
@@ -140,6 +150,7 @@ def import_(
     \b
     Example:  byol collections import photos photos.parquet
     """
+    from byol_serving.client_progress import Tally
     from byol_serving.indexing.exchange import files_of, header_of, read_items
 
     files = files_of(source)
@@ -153,8 +164,9 @@ def import_(
                 name, dim=header.dim, encoder_id=encoder, index=index, id_type=header.id_type
             )
         inserted = updated = 0
-        for path in files:
-            for batch in read_items(path):
+        with client_bar(quiet or as_json) as progress:
+            tally = Tally(progress, header.rows)
+            for batch in chain.from_iterable(map(read_items, files)):
                 counts = client.upsert(
                     name,
                     batch.ids,
@@ -162,6 +174,7 @@ def import_(
                     metadata=batch.metadata,
                     encoder_id=encoder,
                 )
+                tally.add(len(batch.ids))
                 inserted, updated = inserted + counts.inserted, updated + counts.updated
     emit({"collection": name, "inserted": inserted, "updated": updated}, as_json)
 

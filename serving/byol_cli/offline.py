@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import click
 
 from byol_cli.output import emit
+from byol_cli.progress import bar, left
 
 if TYPE_CHECKING:
     from byol_serving.bundle import Bundle
@@ -200,35 +201,23 @@ def gpu_numbers(gpus: str | None, device: str) -> list[int]:
 @contextmanager
 def offline_bar(quiet: bool) -> "Iterator[Callable[[Progress], None] | None]":
     """Yields what `pipeline.run` calls; None if quiet."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+    with bar(quiet) as show:
+        if show is None:
+            yield None
+            return
 
-    columns = (
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
-        TimeElapsedColumn(),
-    )
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task("", total=None, facts="starting")
+        def tell(now: "Progress") -> None:
+            show(now.total, now.done + now.skipped + now.rejected + now.duplicates, facts(now))
 
-        def show(now: "Progress") -> None:
-            met = now.done + now.skipped + now.rejected + now.duplicates
-            bars.update(task, total=now.total, completed=met, facts=facts(now))
-
-        yield show
+        yield tell
 
 
 def facts(now: "Progress") -> str:
     """A run's pace and where its time goes; the stage near 100% is the bottleneck."""
     busy = " ".join(f"{stage} {part:.0%}" for stage, part in now.busy.items())
-    left = "" if now.seconds_left is None else f"  {now.seconds_left:.0f} s left"
     bad = f"  {now.rejected} rejected" if now.rejected else ""
-    return f"{now.rate:,.0f} images/s{left}  {busy}  {now.peak_rss / 2**20:,.0f} MB{bad}"
+    pace = f"{now.rate:,.0f} images/s{left(now.seconds_left)}"
+    return f"{pace}  {busy}  {now.peak_rss / 2**20:,.0f} MB{bad}"
 
 
 def finish(summary: "Summary", as_json: bool) -> None:

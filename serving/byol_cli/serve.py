@@ -66,6 +66,9 @@ def _read_file(context: click.Context, _: click.Parameter, path: Path | None) ->
 @click.option("--backups", type=_PATH, help="Folder of their backups.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=50051, show_default=True, help="Port; 0 lets the system choose.")
+@click.option(
+    "--processes", default=1, show_default=True, help="Processes that answer on the port."
+)
 @click.option("--tls-cert", type=_PATH, help="Certificate chain, PEM; renewed files are taken up.")
 @click.option("--tls-key", type=_PATH, help="Its private key, PEM.")
 @click.option("--tls-client-ca", type=_PATH, help="Clients must show a certificate that it signed.")
@@ -86,9 +89,9 @@ def _read_file(context: click.Context, _: click.Parameter, path: Path | None) ->
 )
 @click.option(
     "--decode-workers",
-    type=int,
-    show_default="one for each CPU",
-    help="Threads that decode images.",
+    default=0,
+    show_default=True,
+    help="Threads that decode images; 0: one for each CPU.",
 )
 @click.option(
     "--collection-workers", default=4, show_default=True, help="Threads that wait for the store."
@@ -122,6 +125,12 @@ def _read_file(context: click.Context, _: click.Parameter, path: Path | None) ->
     default=100_000_000,
     show_default=True,
     help="Width x height of one image.",
+)
+@click.option(
+    "--max-image-seconds",
+    default=10.0,
+    show_default=True,
+    help="CPU time that decoding one image may take; 0: any.",
 )
 @click.option(
     "--max-message-bytes",
@@ -173,7 +182,8 @@ def command(as_json: bool, **settings: Any) -> None:
     from byol_serving.server import run_server
 
     config = build_config(settings)
-    logs.configure(config.log_format, config.log_level, calls=config.log_calls)
+    number = 0 if config.processes > 1 else None
+    logs.configure(config.log_format, config.log_level, calls=config.log_calls, process=number)
     logs.say_settings(shown(click.get_current_context(), settings))
 
     def announce(address: str) -> None:
@@ -199,7 +209,9 @@ def build_config(settings: Mapping[str, Any]) -> "ServeConfig":
     return ServeConfig(
         tls=TlsConfig(cert=cert, key=key, client_ca=ca) if cert else None,
         limits=ImageLimits(
-            max_bytes=left.pop("max_image_bytes"), max_pixels=left.pop("max_image_pixels")
+            max_bytes=left.pop("max_image_bytes"),
+            max_pixels=left.pop("max_image_pixels"),
+            max_seconds=left.pop("max_image_seconds"),
         ),
         **left,
     )

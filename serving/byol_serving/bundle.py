@@ -1,6 +1,7 @@
 """The encoder bundle: the one thing that training hands to serving, a directory of few files.
 
     encoder.onnx   images uint8 [N, S, S, 3] RGB -> embedding float32 [N, D], L2-normalised,
+                   raw_embedding float32 [N, D], the same before that (and after any whitening),
                    and dense feature maps float32 [N, C, H, W] where the export was asked for them
     bundle.json    what it is, how bytes become pixels, where it came from, what it scored
     golden.npz     a few inputs and the embeddings PyTorch gave for them
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_serving.errors import AlreadyExists, InvalidBundle, InvalidRequest
+from byol_serving.errors import AlreadyExists, FailedPrecondition, InvalidBundle, InvalidRequest
 from byol_serving.images import Pixels, Preprocess
 
 FORMAT_VERSION = 1
@@ -31,6 +32,10 @@ MODEL_FILE = "encoder.onnx"
 INFO_FILE = "bundle.json"
 GOLDEN_FILE = "golden.npz"
 WEIGHTS_FILE = "weights.safetensors"
+
+EMBEDDING = "embedding"
+RAW_EMBEDDING = "raw_embedding"
+"""Names of the graph's outputs that are no feature maps."""
 
 GOLDEN_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "int8": 5e-2}
 """Largest cosine distance between ONNX Runtime's and PyTorch's embedding of one golden image."""
@@ -59,6 +64,8 @@ class BundleInfo:
     opset: int
     precision: str = "fp32"
     features: tuple[FeatureMap, ...] = ()
+    raw_embedding: bool = False
+    """Whether the graph gives the embedding before its normalisation too; older ones do not."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The configuration of the run that made it."""
     data_fingerprint: str = ""
@@ -67,6 +74,14 @@ class BundleInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     weights_sha256: str = ""
     """Of weights.safetensors; empty where the bundle has none."""
+
+    def check_raw(self) -> None:
+        """Raises FailedPrecondition where the graph has no un-normalised embedding."""
+        if not self.raw_embedding:
+            raise FailedPrecondition(
+                f"encoder {self.name!r} was exported before bundles held un-normalised embeddings;"
+                " export it again with byol export"
+            )
 
 
 @dataclass(frozen=True)

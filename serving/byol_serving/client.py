@@ -32,9 +32,10 @@ from byol_serving.client_batches import (
     ItemId,
     QueryLike,
 )
-from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Retry, Target
+from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Retry, Target, Wanted
 from byol_serving.client_channel import ClientTls
 from byol_serving.client_connection import Connection
+from byol_serving.client_progress import OnProgress, Tally
 from byol_serving.client_search import SearchOptions
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
@@ -95,8 +96,10 @@ class Client(Connection):
         images: Iterable[ImageLike] | NDArray[np.uint8],
         *,
         dtype: DTypeName = "float32",
+        normalize: bool = True,
         model: str = "",
         version: str = "",
+        progress: OnProgress | None = None,
     ) -> Embeddings:
         """Embeds images.
 
@@ -104,37 +107,40 @@ class Client(Connection):
             images: files, paths, Pillow images or pixels, any number of them; or one array uint8
                 [N, S, S, 3] of the encoder's input size, which is sent as it is.
             dtype: of the answer; float16 and int8 (127 times the value) are smaller.
+            normalize: to length 1; off: as the encoder gives them (after whitening, where the
+                bundle whitens), in float32 or float16.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
+            progress: told of each answer; see `client_progress`.
 
         Returns:
-            [N, D] of that dtype, L2-normalised; [0, 0] for no images.
+            [N, D] of that dtype; [0, 0] for no images.
 
         Raises:
             InvalidImage: names the position of the bad image.
+            FailedPrecondition: a bundle too old to give embeddings that are not normalised.
         """
-        target = Target(model, version)
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(
-                lambda each: self._send(calls.embed_pixels(each, dtype, target)), chunks
-            )
+            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, wanted)), chunks)
         else:
             parts = self._spread(
-                lambda part: self._send(
-                    calls.embed(part.images, dtype, target), offset=part.offset
-                ),
+                lambda part: self._send(calls.embed(part.images, wanted), offset=part.offset),
                 client_batches.batches(images, max_images=self._batch_size),
             )
-        return client_batches.joined(list(parts), dtype)
+        rows = Tally(progress, images).counted(parts, len)
+        return client_batches.joined(list(rows), dtype)
 
     def embed_stream(
         self,
         images: Iterable[ImageLike],
         *,
         dtype: DTypeName = "float32",
+        normalize: bool = True,
         model: str = "",
         version: str = "",
+        progress: OnProgress | None = None,
     ) -> Iterator[Embeddings]:
         """Embeds any number of images over one call: yields [n, D] a batch, in order.
 
@@ -142,14 +148,14 @@ class Client(Connection):
         memory. The default timeout does not apply, and nothing is tried again.
         """
         batches = client_batches.batches(images, max_images=self._batch_size)
-        requests = (
-            calls.embed_request(part.images, dtype, Target(model, version)) for part in batches
-        )
-        done = 0
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
+        requests = (calls.embed_request(part.images, wanted) for part in batches)
+        answers = self._stream(calls.EMBED_STREAM, requests, pb.EmbedResponse)
+        tally, done = Tally(progress, images), 0
         try:
-            for answer in self._stream(calls.EMBED_STREAM, requests, pb.EmbedResponse):
-                rows = calls.embed_answer(answer)
+            for rows in map(calls.embed_answer, answers):
                 done += len(rows)
+                tally.add(len(rows))
                 yield rows
         except InvalidImage as error:
             raise calls.moved(error, done) from error
@@ -161,6 +167,7 @@ class Client(Connection):
         *,
         dtype: DTypeName = "float32",
         with_embeddings: bool = False,
+        normalize: bool = True,
         model: str = "",
         version: str = "",
     ) -> FeatureMaps:
@@ -171,12 +178,13 @@ class Client(Connection):
             stages: names out of `encoder().stages`.
             dtype: of the answer: float32 or float16.
             with_embeddings: also the embeddings, which the same run of the encoder gives.
+            normalize: the embeddings, as in `embed`.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
         """
         sent = client_batches.one_request(images)
-        target = Target(model, version)
-        return self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
+        return self._send(calls.extract(sent, stages, wanted, with_embeddings))
 
     # --- collections ----------------------------------------------------------------------------
 
@@ -220,6 +228,7 @@ class Client(Connection):
         vectors: NDArray[np.float32] | None = None,
         metadata: Sequence[Metadata] | None = None,
         encoder_id: str = "",
+        progress: OnProgress | None = None,
     ) -> UpsertCounts:
         """Inserts items, or replaces those whose id exists; what it counts is on disk.
 
@@ -232,6 +241,7 @@ class Client(Connection):
             vectors: float32 or float16 [N, D], made by the collection's encoder.
             metadata: JSON values for each item; absent: empty.
             encoder_id: who made `vectors`; if given and not the collection's, EncoderMismatch.
+            progress: told of each answer; see `client_progress`.
         """
         parts = client_batches.upsert_parts(
             collection,
@@ -245,7 +255,8 @@ class Client(Connection):
         counts = self._spread(
             lambda part: self._send(calls.upsert(part.request), offset=part.offset), parts
         )
-        return calls.summed(counts)
+        tally = Tally(progress, ids)
+        return calls.summed(tally.counted(counts, lambda each: each.inserted + each.updated))
 
     def set_metadata(self, collection: str, ids: Ids, metadata: Sequence[Metadata]) -> None:
         """Replaces metadata and leaves the vectors alone; UnknownId if one is not there."""

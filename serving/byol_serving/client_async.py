@@ -19,8 +19,9 @@ from byol_serving.client_batches import (
     ImageLike,
     QueryLike,
 )
-from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Target
+from byol_serving.client_calls import BackupInfo, EncoderInfo, FeatureMaps, Target, Wanted
 from byol_serving.client_connection import AsyncConnection
+from byol_serving.client_progress import OnProgress, Tally
 from byol_serving.client_search import SearchOptions
 from byol_serving.collections.grouping import HitGroup
 from byol_serving.collections.types import (
@@ -57,8 +58,10 @@ class AsyncClient(AsyncConnection):
         images: Iterable[ImageLike] | NDArray[np.uint8],
         *,
         dtype: DTypeName = "float32",
+        normalize: bool = True,
         model: str = "",
         version: str = "",
+        progress: OnProgress | None = None,
     ) -> Embeddings:
         """Embeds images.
 
@@ -66,32 +69,43 @@ class AsyncClient(AsyncConnection):
             images: files, paths, Pillow images or pixels, any number of them; or one array uint8
                 [N, S, S, 3] of the encoder's input size, which is sent as it is.
             dtype: of the answer; float16 and int8 (127 times the value) are smaller.
+            normalize: to length 1; off: as the encoder gives them (after whitening, where the
+                bundle whitens), in float32 or float16.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
+            progress: told of each answer; see `client_progress`.
 
         Returns:
-            [N, D] of that dtype, L2-normalised; [0, 0] for no images.
+            [N, D] of that dtype; [0, 0] for no images.
 
         Raises:
             InvalidImage: names the position of the bad image.
+            FailedPrecondition: a bundle too old to give embeddings that are not normalised.
         """
-        target = Target(model, version)
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         if isinstance(images, np.ndarray) and images.ndim == 4:
             chunks = client_batches.chunked(images, self._batch_size)
-            parts = self._spread(
-                lambda each: self._send(calls.embed_pixels(each, dtype, target)), chunks
-            )
+            parts = self._spread(lambda each: self._send(calls.embed_pixels(each, wanted)), chunks)
         else:
-            parts = self.embed_stream(images, dtype=dtype, model=model, version=version)
-        return client_batches.joined([part async for part in parts], dtype)
+            parts = self.embed_stream(
+                images, dtype=dtype, normalize=normalize, model=model, version=version
+            )
+        tally, rows = Tally(progress, images), []
+        async with aclosing(parts):
+            async for part in parts:
+                tally.add(len(part))
+                rows.append(part)
+        return client_batches.joined(rows, dtype)
 
     async def embed_stream(
         self,
         images: Iterable[ImageLike],
         *,
         dtype: DTypeName = "float32",
+        normalize: bool = True,
         model: str = "",
         version: str = "",
+        progress: OnProgress | None = None,
     ) -> AsyncGenerator[Embeddings]:
         """Embeds any number of images, a few requests at a time: yields [n, D] a batch, in order.
 
@@ -100,14 +114,16 @@ class AsyncClient(AsyncConnection):
         """
         # Not the EmbedStream call: where a server ends it early while the client still writes,
         # grpc.aio reports INTERNAL in place of what the server said.
-        target = Target(model, version)
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
         batches = client_batches.batches(images, max_images=self._batch_size)
+        tally = Tally(progress, images)
         answers = self._spread(
-            lambda part: self._send(calls.embed(part.images, dtype, target), offset=part.offset),
+            lambda part: self._send(calls.embed(part.images, wanted), offset=part.offset),
             batches,
         )
         async with aclosing(answers):
             async for rows in answers:
+                tally.add(len(rows))
                 yield rows
 
     async def extract_features(
@@ -117,6 +133,7 @@ class AsyncClient(AsyncConnection):
         *,
         dtype: DTypeName = "float32",
         with_embeddings: bool = False,
+        normalize: bool = True,
         model: str = "",
         version: str = "",
     ) -> FeatureMaps:
@@ -127,12 +144,13 @@ class AsyncClient(AsyncConnection):
             stages: names out of `encoder().stages`.
             dtype: of the answer: float32 or float16.
             with_embeddings: also the embeddings, which the same run of the encoder gives.
+            normalize: the embeddings, as in `embed`.
             model: by name; empty: the server's default.
             version: of the model; empty: the one in use.
         """
         sent = client_batches.one_request(images)
-        target = Target(model, version)
-        return await self._send(calls.extract(sent, stages, dtype, with_embeddings, target))
+        wanted = Wanted(dtype=dtype, normalize=normalize, target=Target(model, version))
+        return await self._send(calls.extract(sent, stages, wanted, with_embeddings))
 
     # --- collections ----------------------------------------------------------------------------
 
@@ -173,6 +191,7 @@ class AsyncClient(AsyncConnection):
         vectors: NDArray[np.float32] | None = None,
         metadata: Sequence[Metadata] | None = None,
         encoder_id: str = "",
+        progress: OnProgress | None = None,
     ) -> UpsertCounts:
         """Inserts items, or replaces those whose id exists; what it counts is on disk.
 
@@ -185,6 +204,7 @@ class AsyncClient(AsyncConnection):
             vectors: float32 or float16 [N, D], made by the collection's encoder.
             metadata: JSON values for each item; absent: empty.
             encoder_id: who made `vectors`; if given and not the collection's, EncoderMismatch.
+            progress: told of each answer; see `client_progress`.
         """
         parts = client_batches.upsert_parts(
             collection,
@@ -198,7 +218,12 @@ class AsyncClient(AsyncConnection):
         counts = self._spread(
             lambda part: self._send(calls.upsert(part.request), offset=part.offset), parts
         )
-        return calls.summed([each async for each in counts])
+        tally, found = Tally(progress, ids), []
+        async with aclosing(counts):
+            async for each in counts:
+                tally.add(each.inserted + each.updated)
+                found.append(each)
+        return calls.summed(found)
 
     async def set_metadata(self, collection: str, ids: Ids, metadata: Sequence[Metadata]) -> None:
         """Replaces metadata and leaves the vectors alone; UnknownId if one is not there."""

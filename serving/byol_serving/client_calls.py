@@ -74,6 +74,8 @@ class EncoderInfo:
     version: str = ""
     stages: Sequence["Stage"] = ()
     """What `extract_features` can be asked for."""
+    unnormalized: bool = False
+    """Whether `embed` can be called with normalize=False."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +160,23 @@ class Target:
     """Empty: the version in use."""
 
 
-def embed_request(
-    images: Sequence[bytes], dtype: DTypeName, target: Target = Target()
-) -> pb.EmbedRequest:
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which embeddings a call is for, and in which form."""
+
+    dtype: DTypeName
+    normalize: bool
+    target: Target
+
+
+def embed_request(images: Sequence[bytes], wanted: Wanted) -> pb.EmbedRequest:
     """A request with image files."""
     return pb.EmbedRequest(
-        images=images, dtype=_DTYPES[dtype], model=target.model, version=target.version
+        images=images,
+        dtype=_DTYPES[wanted.dtype],
+        unnormalized=not wanted.normalize,
+        model=wanted.target.model,
+        version=wanted.target.version,
     )
 
 
@@ -172,15 +185,15 @@ def embed_answer(response: pb.EmbedResponse) -> Embeddings:
     return raw_array(response.embeddings)
 
 
-def embed(images: Sequence[bytes], dtype: DTypeName, target: Target) -> Call[Embeddings]:
+def embed(images: Sequence[bytes], wanted: Wanted) -> Call[Embeddings]:
     """Embed image files."""
-    request = embed_request(images, dtype, target)
+    request = embed_request(images, wanted)
     return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
 
 
-def embed_pixels(pixels: NDArray[np.uint8], dtype: DTypeName, target: Target) -> Call[Embeddings]:
+def embed_pixels(pixels: NDArray[np.uint8], wanted: Wanted) -> Call[Embeddings]:
     """Embed uint8 [N, S, S, 3]."""
-    request = embed_request((), dtype, target)
+    request = embed_request((), wanted)
     request.pixels.CopyFrom(pixels_to_tensor(pixels))
     return Call(_EMBEDDER + "Embed", request, pb.EmbedResponse, embed_answer)
 
@@ -199,6 +212,7 @@ def encoder(target: Target) -> Call[EncoderInfo]:
             model=answer.model,
             version=answer.version,
             stages=tuple(map(_stage, answer.stages)),
+            unnormalized=answer.unnormalized,
         )
 
     request = pb.GetEncoderRequest(model=target.model, version=target.version)
@@ -208,20 +222,20 @@ def encoder(target: Target) -> Call[EncoderInfo]:
 def extract(
     images: Sequence[bytes] | NDArray[np.uint8],
     stages: Sequence[str],
-    dtype: DTypeName,
+    wanted: Wanted,
     with_embeddings: bool,
-    target: Target,
 ) -> Call[FeatureMaps]:
     """Dense feature maps of image files, or of pixels uint8 [N, S, S, 3]."""
     pixels = isinstance(images, np.ndarray)
     request = pb.ExtractFeaturesRequest(
         images=() if pixels else images,
         pixels=pixels_to_tensor(images) if isinstance(images, np.ndarray) else None,
-        dtype=_DTYPES[dtype],
-        model=target.model,
-        version=target.version,
+        dtype=_DTYPES[wanted.dtype],
+        model=wanted.target.model,
+        version=wanted.target.version,
         stages=stages,
         with_embeddings=with_embeddings,
+        unnormalized=not wanted.normalize,
     )
 
     def parse(answer: pb.ExtractFeaturesResponse) -> FeatureMaps:

@@ -14,6 +14,8 @@ from byol_serving.rpc.status import error_from
 OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", -1),  # the server's own limit bounds what comes back
     ("grpc.max_send_message_length", -1),
+    # Connections are spread over the processes of a server: each client has one of its own.
+    ("grpc.use_local_subchannel_pool", 1),
     # gRPC's first pause before it connects again is a second, which hides a quick restart.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),

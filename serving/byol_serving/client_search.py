@@ -51,6 +51,9 @@ class SearchOptions:
     with_metadata: bool = True
     effort: int | None = None
     """Lists read (IVF) or width of the walk (HNSW) instead of what the index was tuned to."""
+    encoder_id: str = ""
+    """Who made the vectors that are searched with; if given and not the collection's,
+    EncoderMismatch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,7 @@ def request_of(
         without_metadata=not options.with_metadata,
         effort=options.effort or 0,
         columns=not options.with_metadata and not options.with_vectors,
+        encoder_id=options.encoder_id,
     )
 
 

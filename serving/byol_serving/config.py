@@ -55,6 +55,8 @@ class ServeConfig:
     """Address to listen on; 0.0.0.0 for every interface."""
     port: int = 50051
     """Port to listen on; 0 lets the system choose."""
+    processes: int = 1
+    """That answer on the port, each with encoders of its own; connections are spread over them."""
     tls: TlsConfig | None = None
     """Plain text if absent."""
     tokens: Path | None = None
@@ -67,8 +69,8 @@ class ServeConfig:
     """ONNX Runtime threads for one inference; 0 lets the encoder choose."""
     inference_workers: int = 0
     """Batches that may be in the encoder at the same time; 0 lets the encoder choose."""
-    decode_workers: int = field(default_factory=available_cpus)
-    """Threads that decode images; one for each CPU by default."""
+    decode_workers: int = 0
+    """Threads that decode images; 0: one for each CPU, divided among the processes."""
     collection_workers: int = 4
     """Threads that wait for the store's disk and index."""
     max_batch: int = 0
@@ -106,9 +108,10 @@ class ServeConfig:
         for name, low, high in (
             ("index_gpu_memory", 0, 2**50),
             ("port", 0, 65535),
+            ("processes", 1, 64),
             ("threads", 0, 1024),
             ("inference_workers", 0, 64),
-            ("decode_workers", 1, 1024),
+            ("decode_workers", 0, 1024),
             ("collection_workers", 1, 256),
             ("max_batch", 0, 65536),
             ("max_queued_images", 1, 10**9),
@@ -136,6 +139,11 @@ class ServeConfig:
                 f"host {self.host} is not loopback and the server has {' and '.join(self.open_by)};"
                 " give --tls-cert, --tls-key and --tokens, or say --insecure"
             )
+
+    @property
+    def cores(self) -> int:
+        """CPUs that are each process's part."""
+        return max(1, available_cpus() // self.processes)
 
     @property
     def open_by(self) -> tuple[str, ...]:

@@ -26,7 +26,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from byol_serving.batch_curve import BatchCurve, measure_curve, sizes_up_to
-from byol_serving.bundle import GOLDEN_TOLERANCE, Bundle, cosine_distance
+from byol_serving.bundle import (
+    EMBEDDING,
+    GOLDEN_TOLERANCE,
+    RAW_EMBEDDING,
+    Bundle,
+    cosine_distance,
+)
 from byol_serving.errors import InvalidBundle, InvalidConfig, InvalidRequest
 from byol_serving.images import Pixels
 
@@ -56,6 +62,7 @@ class Encoder:
         device: Device = "auto",
         threads: int = 0,
         workers: int = 0,
+        cores: int = 0,
         device_id: int = 0,
     ) -> None:
         """Loads the graph.
@@ -67,6 +74,7 @@ class Encoder:
                 minutes once; engines are kept in the user's cache folder.
             threads: intra-op threads for one batch on the CPU; 0: the cores over `workers`.
             workers: batches at a time; 0: one for each core up to `MAX_WORKERS`, on a GPU two.
+            cores: CPUs to use; 0: all that this process may run on.
             device_id: which GPU, as CUDA numbers those that this process may see.
 
         Raises:
@@ -74,7 +82,8 @@ class Encoder:
             InvalidBundle: ONNX Runtime cannot load the graph, or it is not an encoder.
         """
         self.bundle = bundle
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        if not cores:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         gpu = _gpu_provider(device)
         self.workers = workers or (GPU_WORKERS if gpu else min(cores, MAX_WORKERS))
         threads = threads or max(1, cores // self.workers)
@@ -86,14 +95,17 @@ class Encoder:
                 " run byol doctor to see what is missing, or use device=cpu"
             )
         names = [node.name for node in self._session.get_inputs()]
-        if names != ["images"] or self._session.get_outputs()[0].name != "embedding":
+        if names != ["images"] or self._session.get_outputs()[0].name != EMBEDDING:
             raise InvalidBundle(
                 f"{bundle.model_path} is not an encoder: its inputs are {names}, wanted ['images']"
             )
         offered = {node.name for node in self._session.get_outputs()}
-        if missing := {each.name for each in bundle.info.features} - offered:
+        promised = {each.name for each in bundle.info.features}
+        if bundle.info.raw_embedding:
+            promised.add(RAW_EMBEDDING)
+        if missing := promised - offered:
             raise InvalidBundle(
-                f"{bundle.model_path} lacks the feature maps {', '.join(sorted(missing))} that its"
+                f"{bundle.model_path} lacks the outputs {', '.join(sorted(missing))} that its"
                 " bundle.json names; export the bundle again"
             )
         self._alone = self._session
@@ -146,7 +158,9 @@ class Encoder:
         return np.asarray(embedding, np.float32)
 
     def extract(self, pixels: Pixels, outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Any outputs of the graph: `embedding` [N, D], or feature maps [N, C, H, W] by name.
+        """Any outputs of the graph: `embedding` or `raw_embedding` [N, D], or feature maps.
+
+        Feature maps are [N, C, H, W], each by its name in the bundle.
 
         ONNX Runtime runs the whole graph once, whichever outputs are asked for; the others cost no
         more than that and are not copied out.

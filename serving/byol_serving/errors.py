@@ -3,7 +3,8 @@
     ByolError
     ├── InvalidRequest            the caller can mend it by asking differently
     │   ├── InvalidImage          not an image, or a damaged one (has its position in the batch)
-    │   │   └── ImageTooLarge     more bytes or pixels than the limit
+    │   │   ├── ImageTooLarge     more bytes or pixels than the limit
+    │   │   └── ImageTooSlow      takes longer to decode than the limit
     │   └── InvalidVector         wrong dimension, NaN, infinite or zero
     ├── NotFound
     │   ├── UnknownCollection
@@ -51,6 +52,10 @@ class InvalidImage(InvalidRequest):
 
 class ImageTooLarge(InvalidImage):
     """An image with more bytes or pixels than the limit."""
+
+
+class ImageTooSlow(InvalidImage):
+    """An image that takes longer to decode than the limit."""
 
 
 class InvalidVector(InvalidRequest):

@@ -8,7 +8,6 @@ small: to 224 pixels from VGA photographs this is 1.7 times as fast as Pillow's 
 Everything else, and every JPEG that is not plain RGB or grey, goes through Pillow.
 """
 
-import io
 import math
 import warnings
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from typing import Literal
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, _imaging
+from PIL import AvifImagePlugin, Image, ImageFile, UnidentifiedImageError, _imaging
 
+from byol_serving.decode_time import TimedFile, check_estimate
 from byol_serving.errors import ImageTooLarge, InvalidImage, InvalidRequest
 from byol_serving.jpeg_header import Jpeg, plain_jpeg
+from byol_serving.tiff_header import pieces
 
 Pixels = NDArray[np.uint8]
 
@@ -31,8 +32,17 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 # faults of three fresh buffers an image are an eighth of the time of a VGA photograph.
 _imaging.set_blocks_max(8)
 
+# Its decoder's own threads would neither be counted nor leave the other images theirs.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Not all that Pillow knows: among that is EPS, which it has another program run."""
 _MAX_SCANS = 100
 """Of a progressive JPEG: a file of 100 kB may hold thousands, and take minutes."""
+_MAX_PIECES = 65536
+"""Of a TIFF; as many as the rows of the highest that its older readers can take."""
+_WIDE_BLOCK = 2**20
+"""Values of a 16-bit image that are made 8-bit at a time, as float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,8 @@ class ImageLimits:
     """Size of one encoded image."""
     max_pixels: int = 100_000_000
     """Width x height in the header; a 50,000 x 50,000 PNG of a few kB would need 7.5 GB."""
+    max_seconds: float = 10.0
+    """CPU time of decoding; 0: no limit. How it is held: `decode_time`."""
 
 
 def decode(data: bytes, limits: ImageLimits | None = None) -> Pixels:
@@ -71,7 +83,7 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> Pixels:
     white) become 8-bit RGB; of an animation the first frame counts.
 
     Args:
-        data: an image file: JPEG, PNG, WebP, GIF, BMP, TIFF, or what else Pillow reads.
+        data: an image file: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM.
         limits: see `ImageLimits`.
 
     Returns:
@@ -80,6 +92,7 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> Pixels:
     Raises:
         InvalidImage: the bytes are empty, not an image, truncated or damaged.
         ImageTooLarge: more bytes or pixels than the limits.
+        ImageTooSlow: more time to decode than they allow.
     """
     raster = _decode(data, limits or ImageLimits(), at_least=0)
     return _upright(raster.pixels, raster.orientation)
@@ -134,14 +147,18 @@ def _decode(data: bytes, limits: ImageLimits, at_least: int) -> _Raster:
     _check_bytes(data, limits)
     if (plain := plain_jpeg(data)) is not None:
         _check_pixels(plain.width, plain.height, limits)
-        return _decode_jpeg(data, plain, at_least)
+        return _decode_jpeg(data, plain, limits, at_least)
     header = _open(data, limits)
     try:
         with header:
             if header.format == "JPEG" and header.mode in ("RGB", "L"):
-                orientation = header.getexif().get(0x0112, 1)
-                return _decode_jpeg(data, Jpeg(*header.size, orientation=orientation), at_least)
-            pixels = _to_rgb(header)
+                jpeg = Jpeg(*header.size, orientation=header.getexif().get(0x0112, 1))
+                return _decode_jpeg(data, jpeg, limits, at_least)
+            kind = header.format or ""
+            scans = _scans(data) if kind in ("JPEG", "MPO") else 1
+            check_estimate(kind, *header.size, len(data), limits.max_seconds, scans=scans)
+            header.load()  # which turns a TIFF
+            pixels = _upright(_to_rgb(header), header.getexif().get(0x0112, 1))
             return _Raster(pixels, pixels.shape[1], pixels.shape[0])
     except InvalidImage:
         raise
@@ -175,14 +192,18 @@ def _fit(raster: _Raster, how: Preprocess) -> Pixels:
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     """Reads the header only, and holds the size against the limits."""
     _check_bytes(data, limits)
+    if (count := pieces(data)) > _MAX_PIECES:
+        raise InvalidImage(f"TIFF file of {count} pieces; the limit is {_MAX_PIECES}, save it anew")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            header = Image.open(io.BytesIO(data))
+            header = Image.open(TimedFile(data, limits.max_seconds), formats=_FORMATS)
+    except InvalidImage:
+        raise
     except UnidentifiedImageError as error:
         raise InvalidImage(
             f"not an image file ({len(data)} bytes beginning {data[:8]!r});"
-            " send JPEG, PNG, WebP, GIF, BMP or TIFF"
+            " send JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PPM"
         ) from error
     except Exception as error:
         raise InvalidImage(f"unreadable header ({_one_line(error)})") from error
@@ -212,12 +233,10 @@ def _check_pixels(width: int, height: int, limits: ImageLimits) -> None:
         )
 
 
-def _decode_jpeg(data: bytes, header: Jpeg, at_least: int) -> _Raster:
+def _decode_jpeg(data: bytes, header: Jpeg, limits: ImageLimits, at_least: int) -> _Raster:
     width, height = header.width, header.height
-    # In coded data a byte ff is always followed by 00, so this counts scans (and at worst a
-    # thumbnail's). A normal progressive file has about 10; each costs a pass over all pixels.
-    if header.many_scans and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
-        raise InvalidImage(f"JPEG file of {scans} scans; the limit is {_MAX_SCANS}, save it anew")
+    scans = _scans(data) if header.many_scans else 1
+    check_estimate("JPEG", width, height, len(data), limits.max_seconds, scans=scans)
     eighths = _eighths(min(width, height), at_least)
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(
@@ -232,6 +251,15 @@ def _decode_jpeg(data: bytes, header: Jpeg, at_least: int) -> _Raster:
     except ValueError as error:
         raise InvalidImage(f"damaged JPEG file ({_one_line(error)})") from error
     return _Raster(pixels, width, height, eighths, header.orientation)
+
+
+def _scans(data: bytes) -> int:
+    """Of a JPEG; a normal progressive file has about 10. Each costs a pass over all pixels."""
+    # In coded data a byte ff is always followed by 00, so this counts scans (and at worst those
+    # of a thumbnail).
+    if (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
+        raise InvalidImage(f"JPEG file of {scans} scans; the limit is {_MAX_SCANS}, save it anew")
+    return scans
 
 
 def _eighths(short: int, at_least: int) -> int:
@@ -268,29 +296,32 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 def _to_rgb(image: Image.Image) -> Pixels:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "palette images with transparency ...": handled below
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith(("I", "F")):
-            return _wide_to_rgb(np.asarray(upright))
-        if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
-            rgba = upright.convert("RGBA")
+        if image.mode.startswith(("I", "F")):
+            return _wide_to_rgb(np.asarray(image))
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
             white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            upright = Image.alpha_composite(white, rgba)
-        return np.asarray(upright.convert("RGB"))
+            return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+        return np.asarray(image.convert("RGB"))
 
 
 def _wide_to_rgb(values: NDArray[np.generic]) -> Pixels:
     """16-bit integers keep their top 8 bits; 32-bit and float images are stretched to 0..255."""
-    wide = values.astype(np.float64)
-    if values.dtype.itemsize == 2 or (wide.size and 255 < wide.max() <= 65535 and wide.min() >= 0):
-        grey = wide / 257.0
-    elif wide.size and wide.min() >= 0 and wide.max() <= 255 and values.dtype.kind in "iu":
-        grey = wide
+    if not np.isfinite(values).all():
+        raise InvalidImage("the floating-point pixels are not all finite")
+    low, high = float(values.min()), float(values.max())
+    if values.dtype.itemsize == 2 or (255 < high <= 65535 and low >= 0):
+        black, scale = 0.0, 1 / 257
+    elif low >= 0 and high <= 255 and values.dtype.kind in "iu":
+        black, scale = 0.0, 1.0
     else:
-        if not np.isfinite(wide).all():
-            raise InvalidImage("the floating-point pixels are not all finite")
-        low, high = float(wide.min()), float(wide.max())
-        grey = (wide - low) * (255.0 / (high - low)) if high > low else np.zeros_like(wide)
-    return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
+        black, scale = low, 255.0 / (high - low) if high > low else 0.0
+    grey = np.empty(values.shape, np.uint8)
+    rows = max(1, _WIDE_BLOCK // values.shape[1])
+    for at in range(0, len(values), rows):
+        block = values[at : at + rows].astype(np.float64)
+        grey[at : at + rows] = np.rint((block - black) * scale)
+    return np.repeat(grey[:, :, None], 3, axis=2)
 
 
 def _one_line(error: BaseException) -> str:

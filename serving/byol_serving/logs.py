@@ -16,6 +16,11 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 class JsonFormatter(logging.Formatter):
     """One object a line: time, level, logger, message, and whatever `extra` was given."""
 
+    def __init__(self, process: int | None = None) -> None:
+        """`process` is this one's number, where several of a server write to the same log."""
+        super().__init__()
+        self._process = {} if process is None else {"process": process}
+
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON; a traceback is one string under `exception`."""
         fields: dict[str, object] = {
@@ -23,6 +28,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._process,
         }
         fields |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
@@ -30,19 +36,23 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
-def configure(form: str, level: str, *, calls: bool) -> None:
+def configure(form: str, level: str, *, calls: bool, process: int | None = None) -> None:
     """Sends the log to stderr.
 
     Args:
         form: text or json.
         level: debug, info, warning or error.
         calls: also a line for every call.
+        process: its number, where several of a server write to the same log; each line has it.
     """
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":
-        handler.setFormatter(JsonFormatter())
+        handler.setFormatter(JsonFormatter(process))
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        which = "" if process is None else f" [{process}]"
+        handler.setFormatter(
+            logging.Formatter(f"%(asctime)s{which} %(levelname)s %(name)s %(message)s")
+        )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("byol.rpc").setLevel(logging.NOTSET if calls else logging.WARNING)
     # It tells, build by build, which of its variants this processor cannot run.

@@ -13,83 +13,55 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
-from functools import partial
-from typing import Any, cast
 
 import grpc
 import uvloop
-from grpc_health.v1 import health as grpc_health
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from byol_serving.bundle import Bundle
 from byol_serving.collections.opening import open_store
 from byol_serving.collections.types import Store
 from byol_serving.config import ServeConfig
-from byol_serving.encoder import Device, Encoder
-from byol_serving.errors import ByolError, InvalidConfig
-from byol_serving.pb.byol.v1 import admin_pb2, admin_pb2_grpc, byol_pb2, byol_pb2_grpc
-from byol_serving.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
+from byol_serving.errors import ByolError
+from byol_serving.pb.byol.v1 import admin_pb2_grpc, byol_pb2_grpc
 from byol_serving.rpc.admin import AdminService
 from byol_serving.rpc.auth import Gate
 from byol_serving.rpc.calls import Calls
 from byol_serving.rpc.collections import CollectionsService
-from byol_serving.rpc.embedder import EmbedderService
-from byol_serving.rpc.features import Features
-from byol_serving.rpc.inference import InferenceService
+from byol_serving.rpc.everywhere import ModelsEverywhere
+from byol_serving.rpc.forwarding import CHANNEL_OPTIONS
 from byol_serving.rpc.keeper import ModelKeeper
-from byol_serving.rpc.models import Model, Models
-from byol_serving.rpc.pipeline import Pipeline
 from byol_serving.rpc.pools import BlockingCalls
-from byol_serving.server_tls import server_credentials
-from byol_serving.shelf import Shelf
+from byol_serving.server_parts import SERVICES, Parts, add_embedding, new_server, open_parts, start
+from byol_serving.server_processes import Fronts, owner_socket, rates_folder
 from byol_serving.tokens import Tokens
-from byol_serving.watching import Watching
 
 log = logging.getLogger("byol.server")
-
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-_MOST_IN_A_BATCH = 64
-"""Where the configuration leaves it to measurement: larger ones make others wait too long."""
 
 _SWITCH_S = 0.001
 """How long a thread waits for Python's lock before it asks for it. Decoding gives the lock up for
 each image, and by default had to wait 5 ms behind a busy event loop."""
 
-_QUICK_S = 0.0005
-"""An inference of one image in less than this is done where the image is decoded: waking another
-thread, and taking the interpreter's lock there, costs as much."""
-
-SERVICES: Sequence[str] = tuple(
-    service.full_name
-    for file in (byol_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR, grpc_service_pb2.DESCRIPTOR)
-    for service in file.services_by_name.values()
-)
-
 
 class Running:
-    """A server that answers."""
+    """A process that answers."""
 
     def __init__(
         self,
         server: grpc.aio.Server,
         calls: Calls,
-        health: Any,
+        parts: Parts,
         address: str,
-        metrics_port: int | None,
-        keeper: ModelKeeper,
+        keeper: ModelKeeper | ModelsEverywhere | None = None,
+        fronts: Fronts | None = None,
     ) -> None:
         """Made by `serving`."""
-        self._server, self._calls, self._health = server, calls, health
-        self._keeper = keeper
+        self._server, self._calls, self._health = server, calls, parts.health
+        self._keeper = keeper or parts.keeper
+        self._fronts = fronts
         self.address = address
         """host:port, with the port that was chosen where 0 was asked for."""
-        self.metrics_port = metrics_port
+        self.metrics_port = parts.watching.port
         """Likewise; None where metrics were not asked for."""
 
     async def reload(self) -> None:
@@ -100,11 +72,16 @@ class Running:
             log.error("the bundle is left as it was: %s", error)
 
     async def drain(self, seconds: float) -> bool:
-        """Says NOT_SERVING, refuses new calls, and waits for the accepted ones.
+        """Says NOT_SERVING, refuses new calls, and waits for the accepted ones, in all processes.
 
         Returns:
             Whether all of them were answered; after `seconds` the others are cut off.
         """
+        if self._fronts is None:
+            return await self._drain(seconds)
+        return all(await asyncio.gather(self._drain(seconds), self._fronts.drain(seconds)))
+
+    async def _drain(self, seconds: float) -> bool:
         await self._health.enter_graceful_shutdown()
         # Tells clients to look for another server. It does not end by itself while somebody
         # watches the health service, so the wait below is for our own calls only.
@@ -129,17 +106,15 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
         InvalidBundle: the bundle is damaged or fails its golden check.
         InvalidConfig: no such device, or the address cannot be listened on.
         StoreLocked, StoreCorrupt, StoreError: the store cannot be opened.
+        Unavailable: one of several processes ended while it started.
     """
     async with AsyncExitStack() as stack:
-        models = Models()
-        stack.push_async_callback(models.close)
-        watching = stack.enter_context(Watching(config, models))
-        health = grpc_health.aio.HealthServicer()
-        shelf = await asyncio.to_thread(Shelf, config.bundle, config.models)
-        keeper = ModelKeeper(
-            models, shelf, partial(_load, config, watching), partial(_say_health, health)
-        )
-        await keeper.start(config.default_model)
+        fronts = None
+        if config.processes > 1:
+            fronts = await stack.enter_async_context(Fronts(config))
+            config = fronts.config
+        parts = await open_parts(config, stack)
+        await parts.keeper.start(config.default_model)
         store = None
         if config.store is not None:
             gpu_memory = config.index_gpu_memory
@@ -147,7 +122,7 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
             stack.push_async_callback(asyncio.to_thread, store.close)
         blocking = BlockingCalls(config.collection_workers)
         stack.push_async_callback(asyncio.to_thread, blocking.close)
-        running = await _start(config, models, keeper, store, blocking, watching, health)
+        running = await _start(parts, store, blocking, fronts, stack)
         try:
             yield running
         finally:
@@ -169,13 +144,18 @@ def run_server(config: ServeConfig, on_ready: Callable[[str], None] = lambda add
     Raises:
         As `serving`.
     """
+    tune_process()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve_until_signal(config, on_ready))
+
+
+def tune_process() -> None:
+    """Sets what Python leaves to the whole process, for one that does nothing but serve."""
     # What lives as long as the process need not be searched again and again, and calls leave few
     # cycles: rarer collections save 3% of the time for a little memory.
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve_until_signal(config, on_ready))
 
 
 async def _serve_until_signal(config: ServeConfig, on_ready: Callable[[str], None]) -> int:
@@ -211,118 +191,38 @@ async def _serve_until_signal(config: ServeConfig, on_ready: Callable[[str], Non
         return 0 if await running.drain(config.drain_seconds) else 1
 
 
-async def _say_health(health: Any, model: str, ready: bool) -> None:
-    """Models have a health of their own, under `model:NAME` and `model:NAME/VERSION`."""
-    await health.set(f"model:{model}", _SERVING if ready else _NOT_SERVING)
-
-
-def _load(
-    config: ServeConfig, watching: Watching, bundle: Bundle, name: str, version: str
-) -> Model:
-    """Loads the encoder, holds it against its golden pairs, and runs every step once."""
-    encoder = Encoder(
-        bundle,
-        device=cast(Device, config.device),
-        threads=config.threads,
-        workers=config.inference_workers,
-    )
-    worst = encoder.check_golden()
-    log.info(
-        "encoder=%s id=%s provider=%s golden_cosine_distance=%.1e",
-        bundle.info.name,
-        bundle.info.encoder_id[:12],
-        encoder.provider,
-        worst,
-    )
-    curve = encoder.warm_up(config.max_batch or _MOST_IN_A_BATCH)
-    max_batch = config.max_batch or curve.best
-    # Who says how many inferences may run at a time gets threads for them.
-    together = not (config.inference_workers or encoder.on_gpu) and curve.seconds[1] < _QUICK_S
-    log.info(
-        "workers=%d max_batch=%d%s",
-        encoder.workers,
-        max_batch,
-        " in the decoding threads" if together else "",
-    )
-    config = replace(config, inference_workers=encoder.workers, max_batch=max_batch)
-    watch = watching.batches(name)
-    pipeline = Pipeline(
-        encoder.embed,
-        bundle.info.preprocess,
-        config,
-        together=together,
-        watch=watch,
-    )
-    features = Features(encoder.extract, pipeline, bundle.info, config, watch=watch)
-    return Model(
-        name=name,
-        version=version,
-        info=bundle.info,
-        provider=encoder.provider,
-        pipeline=pipeline,
-        features=features,
-    )
-
-
 async def _start(
-    config: ServeConfig,
-    models: Models,
-    keeper: ModelKeeper,
+    parts: Parts,
     store: Store | None,
     blocking: BlockingCalls,
-    watching: Watching,
-    health: Any,
+    fronts: Fronts | None,
+    stack: AsyncExitStack,
 ) -> Running:
-    tokens = None if config.tokens is None else Tokens(config.tokens)
-    calls = Calls(watching.calls, Gate(tokens))
-    watching.follow(calls)
-    server = grpc.aio.server(
-        interceptors=[calls],
-        options=[
-            ("grpc.max_receive_message_length", config.max_message_bytes),
-            ("grpc.max_send_message_length", config.max_message_bytes),
-            # Otherwise a second server on the port starts happily and takes half of the calls.
-            ("grpc.so_reuseport", 0),
-        ],
+    config, models, watching = parts.config, parts.models, parts.watching
+    collections = CollectionsService(
+        store, models, blocking, stream_window=config.stream_window, backups=config.backups
     )
-    window = config.stream_window
-    byol_pb2_grpc.add_EmbedderServicer_to_server(
-        EmbedderService(models, stream_window=window), server
+    keeper: ModelKeeper | ModelsEverywhere = parts.keeper
+    shared = None
+    if fronts is not None:
+        keeper = everywhere = ModelsEverywhere(parts.keeper, models, parts.own, fronts.live)
+        shared = rates_folder(fronts.folder)
+        # The fronts have let these calls in, and count them.
+        private = grpc.aio.server(interceptors=[Calls(watching.forwarded)], options=CHANNEL_OPTIONS)
+        byol_pb2_grpc.add_CollectionsServicer_to_server(collections, private)
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(models, keeper), private)
+        private.add_insecure_port(owner_socket(fronts.folder))
+        await private.start()
+        stack.push_async_callback(private.stop, None)
+        await fronts.serve(everywhere.teach)
+    calls = Calls(
+        watching.calls, Gate(None if config.tokens is None else Tokens(config.tokens, shared))
     )
-    byol_pb2_grpc.add_CollectionsServicer_to_server(
-        CollectionsService(store, models, blocking, stream_window=window, backups=config.backups),
-        server,
-    )
-    grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-        InferenceService(models), server
-    )
+    watching.follow(calls, fronts)
+    server = new_server(config, calls)
+    add_embedding(server, parts)
+    byol_pb2_grpc.add_CollectionsServicer_to_server(collections, server)
     admin_pb2_grpc.add_AdminServicer_to_server(AdminService(models, keeper), server)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = (*SERVICES, grpc_health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    port = _listen(server, config)
-    await server.start()
-    for name in ("", *SERVICES):
-        await health.set(name, _SERVING)
+    address = await start(server, parts)
     watching.listen(config)
-    return Running(server, calls, health, f"{config.host}:{port}", watching.port, keeper)
-
-
-def _listen(server: grpc.aio.Server, config: ServeConfig) -> int:
-    address = f"{config.host}:{config.port}"
-    try:
-        if config.tls is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, server_credentials(config.tls))
-    except RuntimeError as error:
-        port = 0
-        reason: RuntimeError | None = error
-    else:
-        reason = None
-    if port == 0:
-        raise InvalidConfig(
-            f"cannot listen on {address}: in use, not an address of this machine, or not allowed;"
-            " choose another with --host and --port"
-        ) from reason
-    return port
+    return Running(server, calls, parts, address, keeper, fronts)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from byol_serving.errors import InvalidConfig, Overloaded, Unauthenticated
+from byol_serving.rates import Bucket, SharedBucket
 
 log = logging.getLogger("byol.tokens")
 
@@ -89,11 +90,17 @@ def read_tokens(path: Path) -> list[Token]:
 class Tokens:
     """The tokens of a file, read again when it changes. Thread-safe."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads the file; raises as `read_tokens`."""
-        self._path = path
+    def __init__(self, path: Path, shared: Path | None = None) -> None:
+        """Reads the file; raises as `read_tokens`.
+
+        Args:
+            path: of the file.
+            shared: folder in which several processes of this machine count requests together;
+                None: this process counts alone.
+        """
+        self._path, self._shared = path, shared
         self._lock = threading.Lock()
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[Token, Bucket | SharedBucket] = {}
         self._stamp = _stamp(path)
         self._tokens = read_tokens(path)
         self._checked = time.monotonic()
@@ -119,10 +126,9 @@ class Tokens:
         if token.rate is None:
             return 0.0
         with self._lock:
-            bucket = self._buckets.get(token.name)
-            if bucket is None or bucket.token != token:
-                bucket = self._buckets[token.name] = _Bucket(token)
-            return bucket.spend(time.monotonic())
+            if (bucket := self._buckets.get(token)) is None:
+                bucket = self._buckets[token] = self._bucket(token, token.rate)
+            return bucket.spend()
 
     def charge(self, token: Token) -> None:
         """Counts a request.
@@ -136,6 +142,12 @@ class Tokens:
                 " send fewer, or more images in each",
                 retry_after_s=wait,
             )
+
+    def _bucket(self, token: Token, rate: float) -> Bucket | SharedBucket:
+        size = max(1.0, rate if token.burst is None else token.burst)
+        if self._shared is None:
+            return Bucket(rate, size)
+        return SharedBucket(rate, size, self._shared / _digest(token.name))
 
     def _current(self) -> list[Token]:
         now = time.monotonic()
@@ -151,25 +163,6 @@ class Tokens:
                 except InvalidConfig as error:
                     log.error("the tokens are left as they were: %s", error)
             return self._tokens
-
-
-class _Bucket:
-    """Fills at the token's rate up to its burst; each request takes one."""
-
-    def __init__(self, token: Token) -> None:
-        self.token = token
-        self._rate = token.rate or 0.0
-        self._size = max(1.0, token.burst if token.burst is not None else self._rate)
-        self._level = self._size
-        self._at = time.monotonic()
-
-    def spend(self, now: float) -> float:
-        self._level = min(self._size, self._level + (now - self._at) * self._rate)
-        self._at = now
-        if self._level >= 1.0:
-            self._level -= 1.0
-            return 0.0
-        return (1.0 - self._level) / self._rate
 
 
 def _digest(secret: str) -> str:

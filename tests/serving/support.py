@@ -19,7 +19,8 @@ SIZE, BLOCK, DIM = 32, 8, 16
 def tiny_model(seed: int = 0, *, work: int = 0) -> bytes:
     """uint8 [N, 32, 32, 3] -> block means -> fixed random projection -> float32 [N, 16], L2 = 1.
 
-    The block means [N, 3, 4, 4] and twice their value are its feature maps, `cells` and `doubled`.
+    The projection is its `raw_embedding`; the block means [N, 3, 4, 4] and twice their value are
+    its feature maps, `cells` and `doubled`.
     With `work`, so many convolutions of 64 channels are computed too, and multiplied by zero: the
     same embeddings at the price of a real network.
     """
@@ -41,9 +42,9 @@ def tiny_model(seed: int = 0, *, work: int = 0) -> bytes:
         helper.make_node("Transpose", ["means"], ["cells"], perm=[0, 3, 1, 2]),
         helper.make_node("Add", ["cells", "cells"], ["doubled"]),
         helper.make_node("Reshape", ["means", "flat"], ["rows"]),
-        helper.make_node("MatMul", ["rows", "weights"], ["projected"]),
-        helper.make_node("ReduceL2", ["projected", "last"], ["norms"], keepdims=1),
-        helper.make_node("Div", ["projected", "norms"], ["unit" if work else "embedding"]),
+        helper.make_node("MatMul", ["rows", "weights"], ["raw_embedding"]),
+        helper.make_node("ReduceL2", ["raw_embedding", "last"], ["norms"], keepdims=1),
+        helper.make_node("Div", ["raw_embedding", "norms"], ["unit" if work else "embedding"]),
         *_busy_nodes(work),
     ]
     graph = helper.make_graph(
@@ -52,6 +53,7 @@ def tiny_model(seed: int = 0, *, work: int = 0) -> bytes:
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", SIZE, SIZE, 3])],
         [
             helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", DIM]),
+            helper.make_tensor_value_info("raw_embedding", TensorProto.FLOAT, ["N", DIM]),
             helper.make_tensor_value_info("cells", TensorProto.FLOAT, ["N", 3, side, side]),
             helper.make_tensor_value_info("doubled", TensorProto.FLOAT, ["N", 3, side, side]),
         ],
@@ -64,10 +66,16 @@ def tiny_model(seed: int = 0, *, work: int = 0) -> bytes:
 
 def reference(pixels: Pixels, seed: int = 0) -> NDArray[np.float32]:
     """What `tiny_model` computes, in NumPy."""
+    raw = reference_raw(pixels, seed)
+    rows: NDArray[np.float32] = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+    return rows
+
+
+def reference_raw(pixels: Pixels, seed: int = 0) -> NDArray[np.float32]:
+    """The same before its normalisation."""
     side = SIZE // BLOCK
     grid = (pixels.astype(np.float32) / 255).reshape(-1, side, BLOCK, side, BLOCK, 3)
-    projected = grid.mean(axis=(2, 4)).reshape(len(pixels), -1) @ _weights(seed)
-    rows: NDArray[np.float32] = projected / np.linalg.norm(projected, axis=1, keepdims=True)
+    rows: NDArray[np.float32] = grid.mean(axis=(2, 4)).reshape(len(pixels), -1) @ _weights(seed)
     return rows
 
 
@@ -87,6 +95,7 @@ def make_bundle(path: Path, seed: int = 0, *, work: int = 0) -> Bundle:
         preprocess=Preprocess(size=SIZE),
         dim=DIM,
         opset=18,
+        raw_embedding=True,
         features=tuple(
             FeatureMap(name=name, channels=3, side=SIZE // BLOCK, stride=BLOCK)
             for name in ("cells", "doubled")

@@ -80,7 +80,9 @@ async def test_the_server_embeds_what_evaluation_embeds(photos: Path, tmp_path: 
     encoder = Encoder(make_bundle(tmp_path / "bundle"), device="cpu")
     stored = load_images(photos, SIZE)
     evaluated = encoder.embed(stored.pixels)
-    config = ServeConfig(bundle=encoder.bundle.path, max_batch=8, inference_workers=2)
+    config = ServeConfig(
+        bundle=encoder.bundle.path, max_batch=8, inference_workers=2, decode_workers=2
+    )
     pipeline = Pipeline(encoder.embed, encoder.bundle.info.preprocess, config)
     served = await asyncio.gather(
         *(pipeline.embed_images([(photos / name).read_bytes()]) for name in stored.names)

@@ -4,6 +4,7 @@ The examples are drawn anew each time; a failure prints the one that caused it.
 """
 
 import io
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from serving.rpc.conftest import ServerThread
 from serving.support import make_bundle, random_pixels, reference
 
 PIXELS = random_pixels(2)
-LIMITS = ImageLimits(max_bytes=2**20, max_pixels=10**6)
+LIMITS = ImageLimits(max_bytes=2**20, max_pixels=10**6, max_seconds=1.0)
 HOW = Preprocess(size=32)
 # Ten seconds are far more than any example takes, and the least that is surely a hang.
 FUZZ = settings(
@@ -63,26 +64,27 @@ FILES = _files()
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """An image file with bytes changed, cut off, doubled or put in."""
+    """An image file with bytes changed, cut off, put in or there many times."""
     data = bytearray(draw(st.sampled_from(list(FILES.values()))))
     for _ in range(draw(st.integers(1, 8))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
-        match draw(st.sampled_from(["change", "cut", "put in", "double"])):
+        match draw(st.sampled_from(["change", "cut", "put in", "repeat"])):
             case "change" if data:
                 data[at] = draw(st.integers(0, 255))
             case "cut":
                 del data[at : at + draw(st.integers(1, 64))]
             case "put in":
                 data[at:at] = draw(st.binary(max_size=16))
-            case "double":
-                data[at:at] = data[at : at + 32]
+            case "repeat":
+                piece = data[at : at + draw(st.integers(1, 64))]
+                data[at:at] = piece * draw(st.sampled_from([1, 2, 50, 1000]))
     return bytes(data)
 
 
 @FUZZ
 @given(st.one_of(st.binary(max_size=2000), damaged()))
 def test_bytes_are_an_image_or_an_invalid_one(data: bytes) -> None:
-    refused = ""
+    refused, began = "", time.thread_time()
     try:
         pixels = load_input(data, HOW, LIMITS)
     except InvalidImage as error:
@@ -91,6 +93,7 @@ def test_bytes_are_an_image_or_an_invalid_one(data: bytes) -> None:
         assert pixels.shape == (32, 32, 3)
         assert pixels.dtype == np.uint8
     assert "\n" not in refused
+    assert time.thread_time() - began < 2 * LIMITS.max_seconds
 
 
 # --- requests -----------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ def test_every_setting_has_an_option_with_the_same_default() -> None:
     given = {option.name for option in options()}
     fields = {field.name: field for field in dataclasses.fields(ServeConfig)}
     assert fields.keys() - OWN_WAY <= given
-    made = {"config", "tls_cert", "tls_key", "tls_client_ca", "max_image_bytes", "max_image_pixels"}
+    of_an_image = {"max_image_bytes", "max_image_pixels", "max_image_seconds"}
+    made = {"config", "tls_cert", "tls_key", "tls_client_ca"} | of_an_image
     assert given - fields.keys() == made
     with command.make_context("serve", ["--store", "s"], auto_envvar_prefix="NOTHING") as context:
         settings = {k: v for k, v in context.params.items() if k != "as_json"}
@@ -116,13 +117,14 @@ def test_options_that_belong_together(tmp_path: Path) -> None:
         "store": tmp_path,
         "max_image_bytes": 5,
         "max_image_pixels": 6,
+        "max_image_seconds": 7.0,
         "tls_cert": file,
         "tls_key": file,
         "tls_client_ca": None,
     }
     config = build_config(settings)
     assert config.tls == TlsConfig(cert=file, key=file)
-    assert config.limits == ImageLimits(max_bytes=5, max_pixels=6)
+    assert config.limits == ImageLimits(max_bytes=5, max_pixels=6, max_seconds=7.0)
     for wrong in ({"tls_key": None}, {"tls_cert": None}):
         with pytest.raises(InvalidConfig, match="both --tls-cert and --tls-key"):
             build_config(settings | wrong)

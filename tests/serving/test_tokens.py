@@ -106,3 +106,20 @@ def test_a_rate_fills_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         tokens.charge(alice)
     with pytest.raises(Overloaded):
         tokens.charge(alice)
+
+
+def test_processes_that_share_a_folder_share_the_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("byol_serving.tokens.time.monotonic", lambda: now)
+    path = tmp_path / "tokens.toml"
+    secret, other = (add(path, name, rate=2.0, burst=3) for name in ("alice", "bob"))
+    one, two = Tokens(path, tmp_path), Tokens(path, tmp_path)
+    alice = one.find(secret)
+    assert [each.spend(alice) for each in (one, two, one, two)] == [0, 0, 0, 0.5]
+    assert two.spend(two.find(other)) == 0
+    now += 0.5
+    assert [each.spend(alice) for each in (two, one)] == [0, 0.5]
+    late = Tokens(path, tmp_path)  # does not begin with a full bucket
+    assert late.spend(alice) == 0.5

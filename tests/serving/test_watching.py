@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import sys
-from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,9 @@ from byol_serving.config import ServeConfig
 from byol_serving.errors import InvalidConfig, InvalidImage
 from byol_serving.gpu_memory import gpu_memory
 from byol_serving.logs import JsonFormatter
+from byol_serving.metrics_merged import merged
 from byol_serving.server import Running, serving
+from serving.rpc.two_processes import get as ask
 from serving.support import make_bundle, png, random_pixels
 
 FILES = [png(each) for each in random_pixels(3)]
@@ -33,17 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def get(running: Running, path: str) -> tuple[int, str]:
-    def ask() -> tuple[int, str]:
-        assert running.metrics_port is not None
-        connection = HTTPConnection("127.0.0.1", running.metrics_port, timeout=10)
-        try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode()
-        finally:
-            connection.close()
-
-    return await asyncio.to_thread(ask)
+    return await asyncio.to_thread(ask, running.metrics_port, path)
 
 
 async def samples(running: Running) -> dict[tuple[str, ...], float]:
@@ -110,6 +101,24 @@ def test_gpu_memory_is_what_the_driver_says_or_nothing() -> None:
     for number, each in enumerate(gpu_memory()):
         assert each.gpu == number
         assert 0 <= each.used <= each.total
+
+
+def test_merged_metrics_say_whose_they_are() -> None:
+    text = (
+        b"# HELP byol_images_total Images.\n# TYPE byol_images_total counter\n"
+        b'byol_images_total{step="decode"} 3.0\n'
+        b"# HELP byol_gpu_memory_bytes Memory.\n# TYPE byol_gpu_memory_bytes gauge\n"
+        b'byol_gpu_memory_bytes{gpu="0"} 7.0\n'
+    )
+    lines = merged({0: text, 2: text}).decode().splitlines()
+    assert lines[:4] == [
+        "# HELP byol_images_total Images.",
+        "# TYPE byol_images_total counter",
+        'byol_images_total{process="0",step="decode"} 3.0',
+        'byol_images_total{process="2",step="decode"} 3.0',
+    ]
+    # All processes see the same GPU, and a sum must not count it for each.
+    assert lines[6:] == ['byol_gpu_memory_bytes{gpu="0",process="0"} 7.0']
 
 
 async def test_probes(bundle: Path) -> None:

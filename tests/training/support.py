@@ -12,6 +12,7 @@ from byol_training.byol import Byol
 from byol_training.config import HeadConfig, TrainConfig
 from byol_training.data import Images, images_from_arrays
 from byol_training.pretrain import Progress, Stop, pretrain
+from byol_training.recipes import small_config
 
 __all__ = ["assert_same", "metrics", "pretrain", "stop_at", "tiny_config", "tiny_images"]
 
@@ -32,7 +33,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "log_every": 3,
         "checkpoint_every_epochs": 1,
     }
-    return TrainConfig.small(**settings | changes)
+    return small_config(**settings | changes)
 
 
 def stop_at(step: int) -> Callable[[Progress], None]:

@@ -9,9 +9,10 @@ import pytest
 
 from byol_serving.errors import InvalidConfig
 from byol_training.config import AugmentConfig, HeadConfig, OptimizerConfig, TrainConfig, ViewConfig
+from byol_training.recipes import small_config
 
 
-@pytest.mark.parametrize("config", [TrainConfig(), TrainConfig.small(max_seconds=60, seed=3)])
+@pytest.mark.parametrize("config", [TrainConfig(), small_config(max_seconds=60, seed=3)])
 def test_round_trip(config: TrainConfig) -> None:
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -56,7 +57,7 @@ def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
 )
 def test_values_outside_limits_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match=str(next(iter(changes.values())))):
-        TrainConfig.small(**changes)
+        small_config(**changes)
 
 
 def test_view_limits() -> None:

@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 
 from byol_serving.errors import InvalidSource
-from byol_training.config import HeadConfig, TrainConfig
+from byol_training.config import HeadConfig
 from byol_training.data import load_images
 from byol_training.evaluate import evaluate, pixel_embeddings, untrained
 from byol_training.export import export_run
 from byol_training.pretrain import pretrain
+from byol_training.recipes import small_config
 
 MEASURES = {"view_retrieval", "rankme", "alignment", "uniformity", "spread"}
 LABELLED = {"knn_accuracy", "precision_at_10", "mean_average_precision"}
@@ -41,7 +42,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    config = TrainConfig.small(
+    config = small_config(
         image_size=16, batch_size=16, epochs=2, head=HeadConfig(hidden=16, out=8), device="cpu"
     )
     pretrain(load_images(pictures, 16), config, folder)
@@ -92,7 +93,7 @@ def test_large_pictures_are_compared_by_their_32_pixel_averages() -> None:
 
 def test_the_untrained_network_is_the_run_s_own_and_repeatable() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    config = TrainConfig.small(image_size=16, seed=3)
+    config = small_config(image_size=16, seed=3)
     one, other = untrained(config).embed(pixels), untrained(config).embed(pixels)
     assert np.array_equal(one, other)
-    assert not np.array_equal(one, untrained(TrainConfig.small(seed=4)).embed(pixels))
+    assert not np.array_equal(one, untrained(small_config(seed=4)).embed(pixels))

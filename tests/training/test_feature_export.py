@@ -9,11 +9,11 @@ import torch
 
 from byol_serving.bundle import load_bundle
 from byol_serving.encoder import Encoder
-from byol_serving.errors import InvalidConfig
+from byol_serving.errors import InvalidBundle, InvalidConfig
 from byol_serving.images import Preprocess
 from byol_training.encoders import build_encoder
 from byol_training.export import Precision, export_bundle
-from byol_training.feature_export import feature_facts
+from byol_training.feature_export import feature_facts, raw_parity
 from byol_training.served import ServedEncoder
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -48,17 +48,46 @@ def test_the_graph_gives_pytorchs_maps_and_computes_nothing_twice(
     assert 0 <= bundle.info.scores["features_max_cosine_distance"] < 1e-3
     encoder = Encoder(bundle, device="cpu")
     encoder.check_golden()
-    deep, embedding, shallow = encoder.extract(samples, ["conv6", "embedding", "conv4"])
+    names = ["conv6", "embedding", "conv4", "raw_embedding"]
+    deep, embedding, shallow, raw = encoder.extract(samples, names)
     served = ServedEncoder(network, MEAN, STD).eval()
     with torch.inference_mode():
         wanted = network.feature_maps(served.planes(torch.from_numpy(samples)))
+        lengths = served.encode(torch.from_numpy(samples)).norm(dim=1)
     near = 1e-4 if precision == "fp32" else 2e-2
     np.testing.assert_allclose(shallow, wanted["conv4"].numpy(), atol=near)
     np.testing.assert_allclose(deep, wanted["conv6"].numpy(), atol=near)
     np.testing.assert_allclose(embedding, encoder.embed(samples), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(raw, axis=1), lengths.numpy(), rtol=near)
+    np.testing.assert_allclose(raw / lengths.numpy()[:, None], embedding, atol=near)
+    assert 0 <= bundle.info.scores["raw_max_relative_error"] < near
     operations = [node.op_type for node in onnx.load(bundle.model_path).graph.node]
     assert operations.count("Conv") == 6
     assert "BatchNormalization" not in operations
+
+
+def test_a_raw_embedding_that_is_not_pytorchs_fails_the_export(tmp_path: Path) -> None:
+    samples = pixels(4, 32)
+    network = build_encoder("small").eval()
+    path = tmp_path / "b"
+    export_bundle(
+        network,
+        path,
+        name="small",
+        preprocess=Preprocess(size=32),
+        mean=MEAN,
+        std=STD,
+        samples=samples,
+        training={},
+    )
+    encoder = Encoder(load_bundle(path), device="cpu")
+    served = ServedEncoder(network, MEAN, STD).eval()
+    assert raw_parity(encoder, served, samples)["raw_max_relative_error"] < 1e-4
+    with torch.no_grad():  # the same directions, of another length
+        served.whiten = torch.nn.Linear(128, 128, bias=False)
+        served.whiten.weight.copy_(1.1 * torch.eye(128))
+    with pytest.raises(InvalidBundle, match=r"un-normalised embeddings differ .* of their length"):
+        raw_parity(encoder, served, samples)
 
 
 @pytest.mark.parametrize("stages", [["conv9"], ["conv4", "conv4"]])

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from byol_training.byol import effective_rank
-from byol_training.config import OptimizerConfig, TrainConfig
+from byol_training.config import OptimizerConfig
 from byol_training.guards import SpikeGuard, Watch
+from byol_training.recipes import small_config
 
 
 def lengths(guard: SpikeGuard, parameter: nn.Parameter, wanted: list[float]) -> list[float]:
@@ -59,7 +60,7 @@ def watch(**changes: float) -> tuple[str, ...]:
         "full": 64,
         "shortened": 0,
     }
-    both = Watch(TrainConfig.small())
+    both = Watch(small_config())
     assert both.check(**healthy) == ()
     found = both.check(**healthy | changes)
     again = both.check(**healthy | changes | {"shortened": 0})
@@ -83,7 +84,7 @@ def test_warnings(changes: dict[str, float], said: str) -> None:
 
 
 def test_collapse_is_said_again_only_after_it_was_over() -> None:
-    watching, said = Watch(TrainConfig.small()), []
+    watching, said = Watch(small_config()), []
     for rank in (20.0, 6.0, 7.0, 6.0, 12.0, 6.0):
         found = watching.check(step=50, loss=1.0, spread=0.8, rank=rank, full=64, shortened=0)
         said.append(len(found))

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from byol_training.config import HeadConfig, TrainConfig
+from byol_training.config import HeadConfig
 from byol_training.data import Images, images_from_arrays
 from byol_training.online import OnlineScores, read_scores
 from byol_training.pretrain import Stop, pretrain
+from byol_training.recipes import small_config
 
-CONFIG = TrainConfig.small(
+CONFIG = small_config(
     image_size=16, batch_size=8, epochs=4, head=HeadConfig(hidden=16, out=8), device="cpu"
 )
 

@@ -12,12 +12,12 @@ from byol_serving.bundle import GOLDEN_TOLERANCE, load_bundle
 from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidBundle, InvalidSource
 from byol_serving.images import Pixels, Preprocess
-from byol_training.config import TrainConfig
 from byol_training.data import list_images, load_images
 from byol_training.encoders import build_encoder
 from byol_training.export import Precision, export_bundle
 from byol_training.precision_cost import Labelled, load_labelled
 from byol_training.quantize import METHODS, split
+from byol_training.recipes import small_config
 
 CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10" / "test.tar"
 HOW = Preprocess(size=32)
@@ -36,7 +36,7 @@ def labelled() -> Labelled:
 
 def export(path: Path, labelled: Labelled, precision: Precision) -> Encoder:
     torch.manual_seed(0)
-    config = TrainConfig.small()
+    config = small_config()
     network = build_encoder("small")
     with torch.no_grad():  # batch-norm statistics of real images, as after training
         network.train()
@@ -78,6 +78,9 @@ def test_a_lower_precision_is_smaller_near_and_says_what_it_costs(
 ) -> None:
     full, low = encoders["fp32"], encoders[precision]
     low.check_golden()
+    (raw,) = low.extract(labelled.pixels[:40], ["raw_embedding"])
+    (wanted,) = full.extract(labelled.pixels[:40], ["raw_embedding"])
+    assert (np.linalg.norm(raw - wanted, axis=1) < 0.2 * np.linalg.norm(wanted, axis=1)).all()
     assert low.bundle.info.precision == precision
     assert low.bundle.info.encoder_id != full.bundle.info.encoder_id
     bytes_of = [each.bundle.model_path.stat().st_size for each in (low, full)]

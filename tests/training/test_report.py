@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from byol_serving.errors import InvalidSource
-from byol_training.config import HeadConfig, TrainConfig
+from byol_training.config import HeadConfig
 from byol_training.curves import Series, chart, show, ticks
 from byol_training.data import load_images
 from byol_training.evaluate import EVALUATION_FILE
 from byol_training.online import OnlineScores
 from byol_training.pretrain import pretrain
+from byol_training.recipes import small_config
 from byol_training.report import duration, write_report
 from byol_training.thumbnails import project
 
@@ -69,7 +70,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first & last"
-    config = TrainConfig.small(
+    config = small_config(
         image_size=16,
         batch_size=8,
         epochs=3,

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidSource
-from byol_training.config import HeadConfig, TrainConfig
+from byol_training.config import HeadConfig
 from byol_training.data import load_images
 from byol_training.export import export_run
 from byol_training.label_free import rankme
 from byol_training.pretrain import pretrain
+from byol_training.recipes import small_config
 from byol_training.served import ServedEncoder
 from byol_training.whitening import Whitening, fit_whitening
 
@@ -92,7 +93,7 @@ def test_a_whitened_bundle_is_served_whitened(tmp_path: Path) -> None:
     for number in range(160):  # more than the encoder's 128 dimensions
         picture = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
-    config = TrainConfig.small(
+    config = small_config(
         image_size=16, batch_size=32, epochs=1, head=HeadConfig(hidden=16, out=8), device="cpu"
     )
     images = load_images(tmp_path / "pictures", 16)
@@ -104,3 +105,9 @@ def test_a_whitened_bundle_is_served_whitened(tmp_path: Path) -> None:
     assert ranks[1] > 1.5 * ranks[0]
     assert white.info.encoder_id != plain.info.encoder_id
     assert white.info.scores["parity_max_cosine_distance"] < 1e-4
+    images_8 = images.pixels[:8]
+    embedding, raw = Encoder(white).extract(images_8, ["embedding", "raw_embedding"])
+    assert white.info.scores["raw_max_relative_error"] < 1e-3
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1)[:, None], embedding, atol=1e-5)
+    (plain_raw,) = Encoder(plain).extract(images_8, ["raw_embedding"])
+    assert np.abs(raw - plain_raw).max() > 0.1  # it is whitened too

@@ -248,17 +248,6 @@ class TrainConfig:
         if self.tau_batch is not None:
             check_within("tau_batch", self.tau_batch, 1, 1_000_000)
 
-    @classmethod
-    def small(cls, **changes: Any) -> "TrainConfig":
-        """Recipe `small`, for small pictures on a CPU: the six-layer encoder at 32 pixels.
-
-        Args:
-            changes: fields of `TrainConfig` to set otherwise.
-        """
-        from byol_training.recipes import load_recipe
-
-        return dataclasses.replace(load_recipe("small").config, **changes)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for `json.dumps`."""
         return dataclasses.asdict(self)

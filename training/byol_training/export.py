@@ -3,7 +3,8 @@
 "At the end of training, we only keep the encoder" (paper, section 3.1).
 
 The exported graph takes uint8 pixels and gives L2-normalised embeddings: layout change, scaling,
-mean, std and normalisation are inside it. ONNX Runtime must agree with PyTorch on real images.
+mean, std and normalisation are inside it. What the normalisation is given is an output too, for who
+needs lengths. ONNX Runtime must agree with PyTorch on real images.
 
 fp16 and int8 bundles are smaller and faster, and a little less exact: how much, on real images that
 nothing was calibrated on, is measured and written in the bundle.
@@ -30,7 +31,9 @@ from safetensors.torch import save
 from torch import nn
 
 from byol_serving.bundle import (
+    EMBEDDING,
     GOLDEN_TOLERANCE,
+    RAW_EMBEDDING,
     Bundle,
     BundleInfo,
     cosine_distance,
@@ -41,11 +44,11 @@ from byol_serving.errors import InvalidBundle, InvalidSource
 from byol_serving.images import Pixels, Preprocess, to_input
 from byol_training.checkpoint import find_checkpoint, load_checkpoint, load_encoder
 from byol_training.data import load_images
-from byol_training.feature_export import feature_facts, features_parity
+from byol_training.feature_export import feature_facts, features_parity, raw_parity
 from byol_training.precision_cost import Labelled, load_labelled, precision_cost
 from byol_training.pretrain import SAMPLES_FILE
 from byol_training.quantize import quantize
-from byol_training.served import ServedEncoder, ServedFeatures
+from byol_training.served import ServedEncoder, ServedOutputs
 from byol_training.whitening import Whitening, fit_whitening
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -116,6 +119,7 @@ def export_bundle(
         opset=OPSET,
         precision=precision,
         features=maps,
+        raw_embedding=True,
         training=training,
         data_fingerprint=data_fingerprint,
         versions=versions,
@@ -229,6 +233,7 @@ def _measure(
     """How far the graph is from PyTorch, and what its precision costs."""
     info, encode = draft.bundle.info, partial(_embed, draft)
     measured = {"parity_max_cosine_distance": _parity(encode, info.precision, samples, wanted)}
+    measured |= raw_parity(draft, served, samples[:GOLDEN_PAIRS])
     if info.features:
         measured |= features_parity(draft, served, samples[:GOLDEN_PAIRS])
     if info.precision != "fp32":
@@ -244,7 +249,7 @@ def _serialised(encoder: nn.Module) -> bytes:
 
 def _to_onnx(served: ServedEncoder, example: Pixels, features: Sequence[str]) -> bytes:
     """The graph by torch's current exporter, batch dynamic, checked by onnx.checker."""
-    module: nn.Module = ServedFeatures(served, features).eval() if features else served
+    module = ServedOutputs(served, features).eval()
     pixels = torch.from_numpy(np.repeat(example[:1], 2, axis=0))  # a batch of 1 would be fixed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
@@ -254,7 +259,7 @@ def _to_onnx(served: ServedEncoder, example: Pixels, features: Sequence[str]) ->
             module,
             (pixels,),
             input_names=["images"],
-            output_names=["embedding", *features],
+            output_names=[EMBEDDING, RAW_EMBEDDING, *features],
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=65536)}},
             opset_version=OPSET,
             dynamo=True,

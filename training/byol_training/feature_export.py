@@ -1,4 +1,4 @@
-"""The dense feature maps of an export: their facts, and how exactly ONNX Runtime gives them."""
+"""What an export gives beside unit vectors: the facts of feature maps, and how exact all is."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from byol_serving.bundle import GOLDEN_TOLERANCE, FeatureMap, cosine_distance
+from byol_serving.bundle import GOLDEN_TOLERANCE, RAW_EMBEDDING, FeatureMap, cosine_distance
 from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidBundle, InvalidConfig
 from byol_serving.images import Pixels
@@ -64,6 +64,28 @@ def features_parity(encoder: Encoder, served: ServedEncoder, samples: Pixels) ->
             )
         worst = max(worst, distance)
     return {"features_max_cosine_distance": worst}
+
+
+def raw_parity(encoder: Encoder, served: ServedEncoder, samples: Pixels) -> dict[str, float]:
+    """The worst error of ONNX Runtime's un-normalised embedding of one image, of its length.
+
+    Raises:
+        InvalidBundle: past the error of a unit vector whose cosine distance is the
+            `GOLDEN_TOLERANCE` of the bundle's precision.
+    """
+    with torch.inference_mode():
+        wanted = served.raw(torch.from_numpy(np.ascontiguousarray(samples))).numpy()
+    (got,) = encoder.extract(samples, [RAW_EMBEDDING])
+    lengths = np.maximum(np.linalg.norm(wanted, axis=1), 1e-12)
+    worst = float((np.linalg.norm(got - wanted, axis=1) / lengths).max())
+    # |a - b|^2 = 2 (1 - cos) between unit vectors.
+    limit = math.sqrt(2 * GOLDEN_TOLERANCE[encoder.bundle.info.precision])
+    if not worst <= limit:
+        raise InvalidBundle(
+            f"ONNX Runtime's un-normalised embeddings differ from PyTorch's by {worst:.2e} of their"
+            f" length, over {limit:.0e}; export as fp32"
+        )
+    return {"raw_max_relative_error": worst}
 
 
 def _maps(served: ServedEncoder, pixels: Pixels) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Recipes: settings that were published or measured together, as data (`recipes/*.toml`)."""
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
+from typing import Any
 
 from byol_serving.errors import InvalidConfig
 from byol_training.config import TrainConfig
@@ -39,6 +40,15 @@ def load_recipe(name: str) -> Recipe:
         if file.name == f"{name}.toml":
             return build(Recipe, tomllib.loads(file.read_text(encoding="utf-8")), "")
     raise InvalidConfig(f"recipe {name!r} is unknown; choose one of {', '.join(recipe_names())}")
+
+
+def small_config(**changes: Any) -> TrainConfig:
+    """Recipe `small`, for small pictures on a CPU: the six-layer encoder at 32 pixels.
+
+    Args:
+        changes: fields of `TrainConfig` to set otherwise.
+    """
+    return replace(load_recipe("small").config, **changes)
 
 
 def _files() -> list[Traversable]:

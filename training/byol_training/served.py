@@ -32,7 +32,12 @@ class ServedEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pixels to embeddings, whitened and normalised in float32."""
-        return F.normalize(self.whiten(self.encode(images)), dim=1)
+        return F.normalize(self.raw(images), dim=1)
+
+    def raw(self, images: Tensor) -> Tensor:
+        """Pixels to embeddings float32 [N, D] as they are before normalisation, but whitened."""
+        rows: Tensor = self.whiten(self.encode(images))
+        return rows
 
     def planes(self, images: Tensor) -> Tensor:
         """uint8 [N, S, S, 3] -> the encoder's input, normalised float [N, 3, S, S]."""
@@ -66,8 +71,8 @@ class ServedEncoder(nn.Module):
         return np.concatenate(rows)
 
 
-class ServedFeatures(nn.Module):
-    """A served encoder that also gives the dense feature maps of some of its stages."""
+class ServedOutputs(nn.Module):
+    """A served encoder with all outputs of its graph."""
 
     def __init__(self, served: ServedEncoder, stages: Sequence[str]) -> None:
         super().__init__()
@@ -75,13 +80,18 @@ class ServedFeatures(nn.Module):
         self.stages = tuple(stages)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 [N, S, S, 3] -> embedding float32 [N, D], then float32 [N, C, H, W] of each stage.
+        """uint8 [N, S, S, 3] -> embedding, raw embedding [N, D], then [N, C, H, W] of each stage.
 
-        The encoder runs twice here and once in the exported graph, which shares what is equal.
+        All are float32. With stages the encoder runs twice here and once in the exported graph,
+        which shares what is equal.
         """
+        raw = self.served.raw(images)
+        embeddings = (F.normalize(raw, dim=1), raw)
+        if not self.stages:
+            return embeddings
         # An `Encoder` wherever stages are named; nn.Module does not know.
         maps = self.served.encoder.feature_maps(self.served.planes(images))  # type: ignore[operator]
-        return (self.served(images), *(maps[name].to(torch.float32) for name in self.stages))
+        return (*embeddings, *(maps[name].to(torch.float32) for name in self.stages))
 
 
 def _layer(whitening: Whitening) -> nn.Linear:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from byol_serving.collections.types import Metadata
 from byol_serving.errors import InvalidSource
-from byol_serving.indexing.sources import (
+from byol_serving.indexing.entries import (
     SIDECAR_LIMIT,
     Entry,
     Loaded,
@@ -29,6 +29,7 @@ from byol_serving.indexing.sources import (
     label_of,
     parse_sidecar,
 )
+from byol_serving.indexing.remote import fingerprint
 
 COPY_BYTES = 2**20
 _UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
@@ -79,17 +80,10 @@ def local_archive(path: Path) -> Archive:
     return Archive(str(path), f"{facts.st_size}-{facts.st_mtime_ns}", opener, cheap)
 
 
-def spool(file: IO[bytes], name: str, reopen: Callable[[], OpenArchive]) -> OpenArchive:
-    """Copies a tar, unpacking it if its name says so, to a temporary file without a name."""
-    unpack = _UNPACK.get(PurePosixPath(name).suffix.lower())
-    with tempfile.TemporaryFile() as copy:
-        if unpack is None:
-            shutil.copyfileobj(file, copy, COPY_BYTES)
-        else:
-            with unpack(file) as unpacked:
-                shutil.copyfileobj(unpacked, copy, COPY_BYTES)
-        copy.flush()
-        return OpenArchive(copy, reopen)
+def remote_archive(files: Any, path: str, url: str) -> Archive:
+    """A tar behind a URL: `path` of an fsspec file system; raises InvalidSource."""
+    opener = partial(_open_remote, files, path)
+    return Archive(url, fingerprint(files, path, url), opener, cheap=False)
 
 
 class TarSource:
@@ -188,4 +182,22 @@ def _open_local(path: Path) -> OpenArchive:
     with path.open("rb") as file:
         if path.suffix.lower() == ".tar":
             return OpenArchive(file, reopen)
-        return spool(file, path.name, reopen)
+        return _spool(file, path.name, reopen)
+
+
+def _open_remote(files: Any, path: str) -> OpenArchive:
+    with files.open(path, "rb") as file:
+        return _spool(file, path, partial(_open_remote, files, path))
+
+
+def _spool(file: IO[bytes], name: str, reopen: Callable[[], OpenArchive]) -> OpenArchive:
+    """Copies a tar, unpacking it if its name says so, to a temporary file without a name."""
+    unpack = _UNPACK.get(PurePosixPath(name).suffix.lower())
+    with tempfile.TemporaryFile() as copy:
+        if unpack is None:
+            shutil.copyfileobj(file, copy, COPY_BYTES)
+        else:
+            with unpack(file) as unpacked:
+                shutil.copyfileobj(unpacked, copy, COPY_BYTES)
+        copy.flush()
+        return OpenArchive(copy, reopen)

@@ -12,13 +12,14 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 
 from byol_serving.errors import InvalidSource, StoreCorrupt
+from byol_serving.indexing.entries import Entry, Source
 from byol_serving.indexing.journal import Journal, Line, Manifest
 from byol_serving.indexing.ledger import Kept, Ledger
 from byol_serving.indexing.meter import Meter
 from byol_serving.indexing.plan import EmbedPlan, Progress, Summary
 from byol_serving.indexing.shards import Shard, held_records, planned
 from byol_serving.indexing.sinks import Sink
-from byol_serving.indexing.sources import Entry, Source, open_source
+from byol_serving.indexing.sources import open_source
 from byol_serving.indexing.stages import Decoded, Rejected, Row
 
 PROGRESS_SECONDS = 0.2
@@ -37,8 +38,10 @@ def opened(
 
     Raises:
         InvalidSource: the source cannot be opened.
+        InvalidConfig: a shard's maps would not fit in memory.
         StoreLocked, StoreError, EncoderMismatch, InvalidConfig, StoreCorrupt: see `Journal`.
     """
+    sink.columns.check(plan.shard_size)
     source = open_source(plan.source, image_column=plan.image_column, id_column=plan.id_column)
     manifest = Manifest(
         encoder_id=encoder_id,
@@ -46,6 +49,7 @@ def opened(
         shard_size=plan.shard_size,
         ids=plan.ids,
         output=sink.kind,
+        columns=sink.columns.facts,
     )
     with Journal(plan.out, manifest) as journal, Ledger(journal.state / "ledger.sqlite3") as ledger:
         books = Books(plan, source, sink, journal, ledger, Meter(workers), on_progress)
@@ -72,6 +76,8 @@ class Books:
         """Made by `opened` only."""
         self.plan, self.meter = plan, meter
         self._source, self._sink, self._journal, self._ledger = source, sink, journal, ledger
+        self.outputs = sink.columns.outputs
+        """Of the graph, that rows are made of."""
         self._on_progress, self._told = on_progress, 0.0
         self._shards = 0
 

@@ -1,7 +1,8 @@
 """Which shards are finished, on disk beside the output: what makes a run resumable.
 
     OUT/part-00000.*                   the rows, where the sink writes files
-    OUT/_byol/manifest.json            encoder, source, shard size, ids, output: must not change
+    OUT/_byol/manifest.json            encoder, source, shard size, ids, output, columns: must not
+                                       change
     OUT/_byol/journal/part-00000.jsonl one line an entry of a finished shard, in source order
     OUT/_byol/rejected.jsonl           path and reason, made anew at the end of each run
     OUT/_byol/next/                    shards of an unfinished sync, and COMMIT once it is whole
@@ -16,11 +17,11 @@ everything at once: COMMIT is the point of no return, and what it began is compl
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, Self
+from typing import IO, Any, Literal, Self
 
 from byol_serving.collections.disk import sync
 from byol_serving.errors import (
@@ -31,7 +32,7 @@ from byol_serving.errors import (
     StoreLocked,
 )
 from byol_serving.indexing.durable import write_durably
-from byol_serving.indexing.sources import Entry
+from byol_serving.indexing.entries import Entry
 
 State = Literal["ok", "rejected", "duplicate"]
 FORMAT = 1
@@ -57,6 +58,8 @@ class Manifest:
     shard_size: int
     ids: str
     output: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """See `Columns.facts`; absent from older files, which held none."""
 
 
 class Journal:
@@ -69,7 +72,8 @@ class Journal:
             StoreLocked: another run writes there.
             StoreError: the folder cannot be made or written.
             EncoderMismatch: it was begun with another encoder.
-            InvalidConfig: it was begun with another source, shard size, kind of ids or output.
+            InvalidConfig: it was begun with another source, shard size, kind of ids, output or
+                columns.
             StoreCorrupt: the manifest is not one.
         """
         self._out = out
@@ -193,7 +197,7 @@ class Journal:
         if version != FORMAT:
             raise InvalidConfig(f"{path} has format {version}, this version writes {FORMAT}")
         for key, value in vars(wanted).items():
-            if found.get(key) != value:
+            if found.get(key, {} if key == "columns" else None) != value:
                 mismatch = EncoderMismatch if key == "encoder_id" else InvalidConfig
                 raise mismatch(
                     f"{self._out} was begun with {key} {found.get(key)}, not {value};"

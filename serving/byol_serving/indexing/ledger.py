@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from byol_serving.indexing.entries import Entry
 from byol_serving.indexing.journal import Line
-from byol_serving.indexing.sources import Entry
 
 
 @dataclass(frozen=True, slots=True)

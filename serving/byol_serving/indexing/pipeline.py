@@ -20,11 +20,11 @@ from typing import TypeVar
 from byol_serving.encoder import Encoder
 from byol_serving.indexing import books
 from byol_serving.indexing.books import Books, OnProgress
+from byol_serving.indexing.entries import Entry
 from byol_serving.indexing.ledger import Kept
 from byol_serving.indexing.plan import EmbedPlan, Summary
 from byol_serving.indexing.shards import Shard
 from byol_serving.indexing.sinks import Sink
-from byol_serving.indexing.sources import Entry
 from byol_serving.indexing.stages import Decoded, Rejected, Row, decode, encode
 
 In = TypeVar("In")
@@ -54,6 +54,7 @@ def run(
         InvalidSource: the source cannot be listed, is empty, holds a name twice, or changed since
             the last run (and `plan.sync` is off).
         StoreLocked, EncoderMismatch, InvalidConfig, StoreCorrupt: see `Journal`.
+        InvalidConfig: shards of so many maps would fill the memory.
         StoreError: the disk refused; what is finished is kept.
     """
     encoder_id = encoders[0].bundle.info.encoder_id
@@ -147,7 +148,7 @@ class _Stages:
         encoder = self._idle.get()
         try:
             with self._meter.timed("encode"):
-                return batch, encode(batch.images, encoder)
+                return batch, encode(batch.images, encoder, self._books.outputs)
         finally:
             self._idle.put(encoder)
             batch.images.clear()  # pixels are not needed any more

@@ -36,12 +36,12 @@ from byol_serving.errors import Unavailable
 from byol_serving.images import Preprocess
 from byol_serving.indexing import books
 from byol_serving.indexing.books import Books, OnProgress
+from byol_serving.indexing.entries import Entry
 from byol_serving.indexing.ledger import Kept
 from byol_serving.indexing.pipeline import SHARDS_IN_MEMORY, ahead
 from byol_serving.indexing.plan import EmbedPlan, Summary
 from byol_serving.indexing.shards import Shard
 from byol_serving.indexing.sinks import Sink
-from byol_serving.indexing.sources import Entry
 from byol_serving.indexing.stages import Decoded, Rejected, Row, decode, encode
 
 Results = dict[int, Row | Rejected]
@@ -85,7 +85,11 @@ def run(
         actors = gpus if on_gpu else cpus
         workers = {"decode": cpus, "encode": actors, "write": 1}
         operators = _Operators(
-            plan=plan, bundle=bundle, device=device if on_gpu else "cpu", actors=actors
+            plan=plan,
+            bundle=bundle,
+            outputs=sink.columns.outputs,
+            device=device if on_gpu else "cpu",
+            actors=actors,
         )
         with (
             books.opened(plan, bundle.info.encoder_id, sink, workers, on_progress) as opened,
@@ -135,6 +139,7 @@ class _Operators:
 
     plan: EmbedPlan
     bundle: Bundle
+    outputs: tuple[str, ...]
     device: Device
     actors: int
 
@@ -161,7 +166,7 @@ class _Operators:
             )
             .map_batches(
                 _Encoding,
-                fn_constructor_args=(self.bundle.path.absolute(), self.device),
+                fn_constructor_args=(self.bundle.path.absolute(), self.device, self.outputs),
                 batch_size=1,
                 batch_format="numpy",
                 num_cpus=ENCODE_CPUS,
@@ -213,8 +218,9 @@ def _row(
 class _Encoding:
     """An actor: one encoder, loaded once."""
 
-    def __init__(self, bundle: Path, device: Device) -> None:
+    def __init__(self, bundle: Path, device: Device, outputs: tuple[str, ...]) -> None:
         threads = 1 if device == "cpu" else 0
+        self._outputs = outputs
         self._encoder = Encoder(load_bundle(bundle), device=device, threads=threads, workers=1)
         self._encoder.check_golden()
 
@@ -223,7 +229,7 @@ class _Encoding:
         began = time.monotonic()
         images, results = pickle.loads(batch["images"][0])
         if images:
-            encoded = encode([image for _, image in images], self._encoder)
+            encoded = encode([image for _, image in images], self._encoder, self._outputs)
             results |= dict(zip((at for at, _ in images), encoded, strict=True))
         return {
             "shard": batch["shard"],

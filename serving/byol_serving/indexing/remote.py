@@ -1,4 +1,4 @@
-"""Sources behind a URL, through fsspec: s3://, gs://, http(s)://, memory:// and others."""
+"""Images behind a URL, through fsspec: s3://, gs://, http(s)://, memory:// and others."""
 
 import importlib
 from collections.abc import Iterator
@@ -8,37 +8,14 @@ from typing import Any
 
 from byol_serving.collections.types import Metadata
 from byol_serving.errors import InvalidSource
-from byol_serving.indexing import archives, tables
-from byol_serving.indexing.sources import (
+from byol_serving.indexing.entries import (
     SIDECAR_LIMIT,
-    TAR_SUFFIXES,
     Entry,
     Loaded,
-    Source,
     is_image,
     label_of,
     parse_sidecar,
 )
-
-
-def open_url(url: str, *, image_column: str | None = None, id_column: str | None = None) -> Source:
-    """The source behind a URL, by its ending: a tar, a Parquet file, one image, or a folder.
-
-    Raises:
-        InvalidSource: a scheme that nothing serves, a package missing, nothing there.
-    """
-    files, path = connect(url)
-    lower = path.lower()
-    if lower.endswith(TAR_SUFFIXES):
-        opener = partial(_spool, files, path)
-        return archives.TarSource(
-            url, [archives.Archive(url, _stamp(_info(files, path, url)), opener, cheap=False)]
-        )
-    if lower.endswith(".parquet"):
-        stamp = _stamp(_info(files, path, url))
-        table = tables.Table(url, stamp, partial(_open_parquet, files, path))
-        return tables.ParquetSource(url, [table], image_column=image_column, id_column=id_column)
-    return UrlFolder(url, files, path)
 
 
 def connect(url: str) -> tuple[Any, str]:
@@ -64,6 +41,11 @@ def load_url(url: str, limit: int) -> Loaded:
     """
     files, path = connect(url)
     return Loaded(_read(files, path, limit), {})
+
+
+def fingerprint(files: Any, path: str, url: str) -> str:
+    """Changes when the file does, as far as the file system tells; raises InvalidSource."""
+    return _stamp(_info(files, path, url))
 
 
 class UrlFolder:
@@ -131,15 +113,6 @@ def _read(files: Any, path: str, limit: int) -> bytes:
         raise
     except Exception as error:  # each file system raises errors of its own
         raise OSError(f"cannot be fetched ({_line(error)})") from error
-
-
-def _spool(files: Any, path: str) -> archives.OpenArchive:
-    with files.open(path, "rb") as file:
-        return archives.spool(file, path, partial(_spool, files, path))
-
-
-def _open_parquet(files: Any, path: str) -> Any:
-    return tables.import_pyarrow("pyarrow.parquet").ParquetFile(files.open(path, "rb"))
 
 
 def _info(files: Any, path: str, url: str) -> dict[str, Any]:

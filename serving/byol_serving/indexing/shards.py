@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 
 from byol_serving.errors import InvalidSource
+from byol_serving.indexing.entries import Entry
 from byol_serving.indexing.journal import Journal, Line, matches
 from byol_serving.indexing.plan import EmbedPlan
 from byol_serving.indexing.sinks import Sink
-from byol_serving.indexing.sources import Entry
 from byol_serving.indexing.stages import Row
 
 

@@ -4,7 +4,9 @@ All are idempotent: a shard that was written and not yet recorded is simply writ
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,13 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from byol_serving.bundle import FeatureMap
 from byol_serving.collections.types import Metadata
 from byol_serving.errors import StoreCorrupt, UnknownId
+from byol_serving.indexing.columns import Columns, shape
 from byol_serving.indexing.durable import write_durably
 from byol_serving.indexing.journal import part_name
 from byol_serving.indexing.stages import Row
 from byol_serving.indexing.tables import import_pyarrow
 
+PLAIN = Columns()
 _DELETE_AT_ONCE = 1000
 _SAMPLE = 8
 
@@ -29,6 +34,11 @@ class Sink(Protocol):
     @property
     def kind(self) -> str:
         """What it writes, for the manifest."""
+        ...
+
+    @property
+    def columns(self) -> Columns:
+        """What its rows hold."""
         ...
 
     def write(self, folder: Path, number: int, rows: Sequence[Row]) -> None:
@@ -51,15 +61,23 @@ class Sink(Protocol):
 class ParquetSink:
     """part-00000.parquet: id, embedding (fixed-size list of float32), source, bytes, metadata.
 
-    `metadata` is JSON text; the file's own metadata names the encoder.
+    `metadata` is JSON text. Maps are columns of their stage's name, tensors of a fixed shape
+    (Arrow's canonical extension type; a fixed-size list for readers that do not know it). The
+    file's own metadata names the encoder, and says of other columns than plain embeddings what
+    they are (`Columns.facts`).
     """
 
     kind = "parquet"
 
-    def __init__(self, dim: int, encoder_id: str) -> None:
+    def __init__(self, dim: int, encoder_id: str, columns: Columns = PLAIN) -> None:
         """Raises InvalidSource where pyarrow is missing."""
         self._arrow, self._parquet = import_pyarrow("pyarrow"), import_pyarrow("pyarrow.parquet")
-        arrow, self._dim = self._arrow, dim
+        arrow, self._dim, self.columns = self._arrow, dim, columns
+        self._tensors = {
+            each.name: arrow.fixed_shape_tensor(arrow.float32(), shape(each))
+            for each in columns.maps
+        }
+        facts = {"byol.columns": json.dumps(columns.facts)} if columns.facts else {}
         self._schema = arrow.schema(
             [
                 arrow.field("id", arrow.string(), nullable=False),
@@ -67,8 +85,9 @@ class ParquetSink:
                 arrow.field("source", arrow.string(), nullable=False),
                 arrow.field("bytes", arrow.int64(), nullable=False),
                 arrow.field("metadata", arrow.string(), nullable=False),
+                *(arrow.field(name, kind, nullable=False) for name, kind in self._tensors.items()),
             ],
-            metadata={"byol.encoder_id": encoder_id},
+            metadata={"byol.encoder_id": encoder_id, **facts},
         )
 
     def write(self, folder: Path, number: int, rows: Sequence[Row]) -> None:
@@ -82,18 +101,20 @@ class ParquetSink:
                 arrow.array([row.source for row in rows], arrow.string()),
                 arrow.array([row.size for row in rows], arrow.int64()),
                 arrow.array([row.metadata for row in rows], arrow.string()),
+                *(self._tensor(at, rows) for at in range(len(self._tensors))),
             ],
             schema=self._schema,
         )
         # Floats of embeddings neither repeat nor compress: both would only cost time.
-        texts = ["id", "source", "metadata"]
-        compression = {**dict.fromkeys(texts, "zstd"), "bytes": "zstd"}
+        floats = [f"{name}.list.element" for name in ("embedding", *self._tensors)]
+        texts = ["id", "source", "bytes", "metadata"]
+        compression = {**dict.fromkeys(texts, "zstd"), **dict.fromkeys(floats, "none")}
         write_durably(
             _path(folder, number, "parquet"),
             lambda path: self._parquet.write_table(
                 table,
                 path,
-                compression={**compression, "embedding.list.element": "none"},
+                compression=compression,
                 use_dictionary=["source", "metadata"],
                 row_group_size=max(1, len(rows)),
             ),
@@ -107,9 +128,16 @@ class ParquetSink:
         except (OSError, ValueError) as error:
             raise _damaged(path, error) from error
         vectors = table.column("embedding").combine_chunks().flatten().to_numpy()
-        texts = table.drop_columns(["embedding"]).to_pydict()
-        columns = (texts[name] for name in ("id", "source", "bytes", "metadata"))
-        return _rows(vectors.reshape(-1, self._dim), zip(*columns, strict=True))
+        maps = [table.column(name).combine_chunks().to_numpy_ndarray() for name in self._tensors]
+        texts = table.select(["id", "source", "bytes", "metadata"]).to_pydict()
+        return _rows(vectors.reshape(-1, self._dim), zip(*texts.values(), strict=True), maps)
+
+    def _tensor(self, at: int, rows: Sequence[Row]) -> Any:
+        """The column of the map `at`."""
+        stage, arrow = self.columns.maps[at], self._arrow
+        flat = arrow.array(_maps(rows, at, stage).reshape(-1), arrow.float32())
+        storage = arrow.FixedSizeListArray.from_arrays(flat, math.prod(shape(stage)))
+        return arrow.ExtensionArray.from_storage(self._tensors[stage.name], storage)
 
     def holds(self, folder: Path, number: int, ids: Sequence[str]) -> bool:
         """Whether the file is there."""
@@ -121,16 +149,19 @@ class ParquetSink:
 
 
 class NpySink:
-    """part-00000.npy, float32 [N, D], and part-00000.jsonl: id, source, bytes, metadata a row."""
+    """part-00000.npy, float32 [N, D], and part-00000.jsonl: id, source, bytes, metadata a row.
+
+    Maps are part-00000.STAGE.npy, float32 [N, C, H, W].
+    """
 
     kind = "npy"
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, columns: Columns = PLAIN) -> None:
         """Nothing is opened."""
-        self._dim = dim
+        self._dim, self.columns = dim, columns
 
     def write(self, folder: Path, number: int, rows: Sequence[Row]) -> None:
-        """Writes the texts, then the vectors."""
+        """Writes the texts, then the maps, then the vectors."""
         lines = [
             f'{{"id": {json.dumps(row.id)}, "source": {json.dumps(row.source)},'
             f' "bytes": {row.size}, "metadata": {row.metadata}}}\n'
@@ -140,31 +171,41 @@ class NpySink:
             _path(folder, number, "jsonl"),
             lambda path: _write_text(path, "".join(lines)),
         )
+        for at, stage in enumerate(self.columns.maps):
+            write_durably(
+                _path(folder, number, f"{stage.name}.npy"),
+                partial(_write_array, array=_maps(rows, at, stage)),
+            )
         write_durably(
             _path(folder, number, "npy"),
-            lambda path: _write_array(path, _stacked(rows, self._dim)),
+            partial(_write_array, array=_stacked(rows, self._dim)),
         )
 
     def read(self, folder: Path, number: int) -> Mapping[str, Row] | None:
-        """Reads both files; raises StoreCorrupt."""
+        """Reads its files; raises StoreCorrupt."""
         path = _path(folder, number, "npy")
         try:
             vectors = np.load(path)
+            maps = [np.load(each) for each in self._map_paths(folder, number)]
             text = _path(folder, number, "jsonl").read_text(encoding="utf-8")
             facts = [json.loads(line) for line in text.split("\n")[:-1]]
             keys = ("id", "source", "bytes", "metadata")
             columns = ((*(fact[k] for k in keys[:3]), _compact(fact["metadata"])) for fact in facts)
-            return _rows(vectors, columns)
+            return _rows(vectors, columns, maps)
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise _damaged(path, error) from error
 
     def holds(self, folder: Path, number: int, ids: Sequence[str]) -> bool:
-        """Whether both files are there."""
-        return all(_path(folder, number, kind).exists() for kind in ("npy", "jsonl"))
+        """Whether its files are there."""
+        texts, vectors = (_path(folder, number, kind) for kind in ("jsonl", "npy"))
+        return all(path.exists() for path in (texts, vectors, *self._map_paths(folder, number)))
 
     def remove(self, ids: Iterable[str]) -> int:
         """Counts: the rows went with their shard's files."""
         return sum(1 for _ in ids)
+
+    def _map_paths(self, folder: Path, number: int) -> list[Path]:
+        return [_path(folder, number, f"{each.name}.npy") for each in self.columns.maps]
 
 
 class Target(Protocol):
@@ -187,6 +228,8 @@ class Target(Protocol):
 
 class CollectionSink:
     """Rows as items of a collection. Its metadata is theirs; source and size are not kept."""
+
+    columns = PLAIN
 
     def __init__(self, name: str, collection: Target) -> None:
         """`name` is the collection's."""
@@ -236,10 +279,22 @@ def _stacked(rows: Sequence[Row], dim: int) -> NDArray[np.float32]:
     return np.stack([row.vector for row in rows]) if rows else np.empty((0, dim), np.float32)
 
 
-def _rows(vectors: NDArray[np.float32], texts: Iterable[tuple[Any, ...]]) -> dict[str, Row]:
+def _maps(rows: Sequence[Row], at: int, stage: FeatureMap) -> NDArray[np.float32]:
+    """Float32 [N, C, H, W] of the map `at`."""
+    if not rows:
+        return np.empty((0, *shape(stage)), np.float32)
+    return np.stack([row.maps[at] for row in rows])
+
+
+def _rows(
+    vectors: NDArray[np.float32],
+    texts: Iterable[tuple[Any, ...]],
+    maps: Sequence[NDArray[np.float32]],
+) -> dict[str, Row]:
+    parts = zip(vectors, texts, *maps, strict=True)
     return {
-        id_: Row(id_, vector, source, size, metadata)
-        for vector, (id_, source, size, metadata) in zip(vectors, texts, strict=True)
+        id_: Row(id_, vector, source, size, metadata, tuple(of_stages))
+        for vector, (id_, source, size, metadata), *of_stages in parts
     }
 
 

@@ -12,11 +12,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from byol_serving.bundle import EMBEDDING
 from byol_serving.collections import checks
 from byol_serving.errors import InvalidImage, InvalidRequest
 from byol_serving.images import ImageLimits, Pixels, Preprocess, load_input
+from byol_serving.indexing.entries import Entry
 from byol_serving.indexing.plan import Ids
-from byol_serving.indexing.sources import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,15 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the output; `vector` is float32 [D], L2-normalised."""
+    """One row of the output; `vector` is float32 [D]."""
 
     id: str
     vector: NDArray[np.float32]
     source: str
     size: int
     metadata: str
+    maps: tuple[NDArray[np.float32], ...] = ()
+    """[C, H, W] of each stage of the run's `Columns`."""
 
 
 class Embeds(Protocol):
@@ -56,6 +59,10 @@ class Embeds(Protocol):
 
     def embed(self, pixels: Pixels) -> NDArray[np.float32]:
         """Uint8 [N, S, S, 3] to float32 [N, D]."""
+        ...
+
+    def extract(self, pixels: Pixels, outputs: Sequence[str]) -> Sequence[NDArray[np.float32]]:
+        """The same to any outputs of the graph, each float32 [N, ...]."""
         ...
 
 
@@ -77,19 +84,34 @@ def decode(entry: Entry, how: Preprocess, limits: ImageLimits, ids: Ids) -> Deco
     return Decoded(id_, pixels, _as_text(entry.source), len(loaded.data), metadata)
 
 
-def encode(batch: Sequence[Decoded], encoder: Embeds) -> list[Row | Rejected]:
-    """Embeds a batch in one call of the encoder; results in its order."""
+def encode(
+    batch: Sequence[Decoded], encoder: Embeds, outputs: Sequence[str] = (EMBEDDING,)
+) -> list[Row | Rejected]:
+    """Encodes a batch in one call of the encoder; results in its order.
+
+    `outputs` are those of `Columns`: a vector's name, then stages.
+    """
     pixels = [each.pixels for each in batch]
     # An encoder may run a lone image in another way when it is idle: its bits would hang on chance.
     lone = [pixels[0]] if len(pixels) == 1 else []
-    vectors = encoder.embed(np.stack(pixels + lone))[: len(pixels)]
+    stacked = np.stack(pixels + lone)
+    plain = tuple(outputs) == (EMBEDDING,)
+    found = [encoder.embed(stacked)] if plain else encoder.extract(stacked, outputs)
+    vectors, *maps = (each[: len(pixels)] for each in found)
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     usable = np.isfinite(lengths) & (lengths > 0)
     return [
-        Row(each.id, vector, each.source, each.size, each.metadata)
-        if fine
+        Row(
+            each.id,
+            vectors[at],
+            each.source,
+            each.size,
+            each.metadata,
+            tuple(stage[at] for stage in maps),
+        )
+        if usable[at]
         else Rejected("the encoder gives no finite vector for it; collections could not hold it")
-        for each, vector, fine in zip(batch, vectors, usable.tolist(), strict=True)
+        for at, each in enumerate(batch)
     ]
 
 

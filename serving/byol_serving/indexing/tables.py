@@ -17,7 +17,8 @@ from typing import Any
 
 from byol_serving.collections.types import Json
 from byol_serving.errors import InvalidImage, InvalidSource
-from byol_serving.indexing.sources import Entry, Loaded
+from byol_serving.indexing.entries import Entry, Loaded
+from byol_serving.indexing.remote import fingerprint, load_url
 
 IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "content", "jpg", "png", "path", "file", "url")
 ID_COLUMNS = ("id", "key", "__key__")
@@ -41,6 +42,11 @@ def local_table(path: Path) -> Table:
     facts = path.stat()
     opener = partial(import_pyarrow("pyarrow.parquet").ParquetFile, str(path))
     return Table(str(path), f"{facts.st_size}-{facts.st_mtime_ns}", opener)
+
+
+def remote_table(files: Any, path: str, url: str) -> Table:
+    """A Parquet file behind a URL: `path` of an fsspec file system; raises InvalidSource."""
+    return Table(url, fingerprint(files, path, url), partial(_open_remote, files, path))
 
 
 def import_pyarrow(module: str) -> Any:
@@ -163,9 +169,7 @@ def _load_row(
         case bytes():
             data = image[: limit + 1]
         case str() if "://" in image:
-            from byol_serving.indexing import remote
-
-            data = remote.load_url(image, limit).data
+            data = load_url(image, limit).data
             row["path"] = image
         case str():
             with Path(folder / image).open("rb") as file:
@@ -205,3 +209,7 @@ def _json(value: object) -> Json:
             return f"{len(value)} bytes"
         case _:
             return str(value)
+
+
+def _open_remote(files: Any, path: str) -> Any:
+    return import_pyarrow("pyarrow.parquet").ParquetFile(files.open(path, "rb"))

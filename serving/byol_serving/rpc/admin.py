@@ -6,6 +6,7 @@ import grpc
 
 from byol_serving.pb.byol.v1 import admin_pb2 as pb
 from byol_serving.pb.byol.v1 import admin_pb2_grpc
+from byol_serving.rpc.everywhere import ModelsEverywhere
 from byol_serving.rpc.keeper import ModelKeeper
 from byol_serving.rpc.models import Model, Models
 
@@ -15,7 +16,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class AdminService(admin_pb2_grpc.AdminServicer):
     """byol.v1.Admin."""
 
-    def __init__(self, models: Models, keeper: ModelKeeper) -> None:
+    def __init__(self, models: Models, keeper: ModelKeeper | ModelsEverywhere) -> None:
         """Shows the models, and changes them through their keeper."""
         self._models, self._keeper = models, keeper
 

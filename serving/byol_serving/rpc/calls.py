@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from byol_serving.errors import ByolError, InvalidRequest, Unavailable
 from byol_serving.rpc.auth import AUTHORIZATION_KEY, Gate
-from byol_serving.rpc.status import Pairs, code_of, trailers_of
+from byol_serving.rpc.status import ERROR_KEY, Pairs, code_of, trailers_of
 from byol_serving.timing import STEPS, Step
 from byol_serving.tokens import Token
 
@@ -205,6 +205,12 @@ class _Call:
                 code = code_of(error)
                 self.end(code.name, type(error).__name__, str(error))
                 await self._context.abort(code, str(error), (*self._trailers, *trailers_of(error)))
+            case grpc.aio.AioRpcError():  # another process's answer, as it is
+                code, text = error.code(), error.details() or ""
+                trailers: Any = tuple(error.trailing_metadata() or ())
+                found = dict(trailers) | dict(self._trailers)
+                self.end(code.name, found.get(ERROR_KEY, code.name), text)
+                await self._context.abort(code, text, tuple(found.items()))
             case Exception() if not isinstance(error, grpc.aio.AbortError):
                 log.error(
                     "unexpected error request_id=%s",

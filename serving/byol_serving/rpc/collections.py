@@ -11,11 +11,12 @@ import numpy as np
 
 from byol_serving.collections.checks import collection_name
 from byol_serving.collections.types import Collection, IdType, IndexKind, Item, Page, Store, Vectors
-from byol_serving.errors import EncoderMismatch, FailedPrecondition, InvalidRequest
+from byol_serving.errors import FailedPrecondition, InvalidRequest
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
 from byol_serving.rpc import analysis
 from byol_serving.rpc.calls import deadline_of
+from byol_serving.rpc.checks import check_claimed_encoder, check_lengths
 from byol_serving.rpc.convert import struct_to_metadata, tensor_to_vectors
 from byol_serving.rpc.filters import from_message
 from byol_serving.rpc.items import (
@@ -30,6 +31,13 @@ from byol_serving.rpc.queries import Leaf, filter_of, images_of, leaves_of, run_
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Out = TypeVar("Out")
+Claiming: TypeAlias = (
+    pb.UpsertRequest
+    | pb.SearchRequest
+    | pb.ClassifyRequest
+    | pb.VerifyPairsRequest
+    | pb.CalibratePairsRequest
+)
 _PAGE_SIZE = 100
 _NO_ROWS: Vectors = np.empty((0, 0), np.float32)
 
@@ -219,8 +227,8 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         """Labels by the votes of neighbours."""
         rows = await self._embedded(request.collection, request.queries, context)
-        return await self._on(
-            request.collection, lambda c: analysis.classes(c, request, rows), context
+        return await self._claimed_on(
+            request, lambda c: analysis.classes(c, request, rows), context
         )
 
     async def VerifyPairs(
@@ -229,8 +237,8 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         """Whether both of each pair show the same."""
         examples = analysis.examples_of(request.pairs)
         rows = await self._embedded(request.collection, examples, context)
-        return await self._on(
-            request.collection, lambda c: analysis.verified(c, request, rows), context
+        return await self._claimed_on(
+            request, lambda c: analysis.verified(c, request, rows), context
         )
 
     async def CalibratePairs(
@@ -239,8 +247,8 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         """A threshold from pairs known to be the same or not."""
         examples = analysis.examples_of(request.pairs)
         rows = await self._embedded(request.collection, examples, context)
-        return await self._on(
-            request.collection, lambda c: analysis.calibrated(c, request, rows), context
+        return await self._claimed_on(
+            request, lambda c: analysis.calibrated(c, request, rows), context
         )
 
     async def VerifyCollection(
@@ -270,7 +278,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     ) -> pb.SearchResponse:
         leaves = leaves_of(request.queries)
         rows = await self._embedded(request.collection, leaves, context, wait=wait)
-        return await self._on(request.collection, lambda c: run_search(c, request, rows), context)
+        return await self._claimed_on(request, lambda c: run_search(c, request, rows), context)
 
     async def _prepare_upsert(
         self, request: pb.UpsertRequest, context: Context, *, wait: bool
@@ -279,7 +287,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         store = self._store()
         ids = list(request.ids)
         metadata = [struct_to_metadata(each) for each in request.metadata] or None
-        _check_lengths(request)
+        check_lengths(request)
         if request.images:
             vectors = await self._embed(request.collection, request.images, context, wait=wait)
         else:
@@ -287,7 +295,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
 
         def write() -> pb.UpsertResponse:
             collection = store.get(request.collection)
-            _check_claimed_encoder(collection, request.encoder_id)
+            _check_claim(collection, request)
             counts = collection.upsert(ids, vectors, metadata)
             return pb.UpsertResponse(inserted=counts.inserted, updated=counts.updated)
 
@@ -325,6 +333,17 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         store = self._store()
         return await self._run(lambda: call(store.get(name)), context)
 
+    async def _claimed_on(
+        self, request: Claiming, call: Callable[[Collection], Out], context: Context
+    ) -> Out:
+        """The same for a request whose vectors have to come from the collection's encoder."""
+
+        def checked(collection: Collection) -> Out:
+            _check_claim(collection, request)
+            return call(collection)
+
+        return await self._on(request.collection, checked, context)
+
     async def _long_on(
         self, name: str, call: Callable[[Collection, Callable[[], bool]], Out], context: Context
     ) -> Out:
@@ -339,25 +358,6 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         return await self._calls.run(call, deadline=deadline_of(context))
 
 
-def _check_claimed_encoder(collection: Collection, encoder_id: str) -> None:
+def _check_claim(collection: Collection, request: Claiming) -> None:
     info = collection.info
-    if encoder_id and encoder_id != info.encoder_id:
-        raise EncoderMismatch(
-            f"collection {info.name!r} holds vectors of encoder {info.encoder_id[:12]}, not of"
-            f" {encoder_id[:12]}; use another collection, or serve the encoder that made it"
-        )
-
-
-def _check_lengths(request: pb.UpsertRequest) -> None:
-    """Refuses an upsert whose parts do not belong together, before anything is decoded."""
-    if not request.ids:
-        raise InvalidRequest("the request has no ids; send one for each image or vector")
-    if bool(request.images) == request.HasField("vectors"):
-        raise InvalidRequest("send either images or vectors to upsert, and not both")
-    rows: Sequence[tuple[str, int]] = [
-        ("images", len(request.images)),
-        ("metadata", len(request.metadata)),
-    ]
-    for name, count in rows:
-        if count and count != len(request.ids):
-            raise InvalidRequest(f"{len(request.ids)} ids but {count} {name}; send one for each id")
+    check_claimed_encoder(info.name, info.encoder_id, request.encoder_id)

@@ -34,13 +34,13 @@ def embeddings_to_tensor(rows: NDArray[np.float32], dtype: int = pb.DTYPE_FLOAT3
     """Packs float32 [...] as float32, float16 or int8 (round(127 x), for normalised rows).
 
     Raises:
-        InvalidRequest: another dtype was asked for.
+        InvalidRequest: another dtype was asked for, or values are too large for float16.
     """
     match dtype:
         case pb.DTYPE_UNSPECIFIED | pb.DTYPE_FLOAT32:
             dtype, packed = pb.DTYPE_FLOAT32, np.ascontiguousarray(rows, "<f4").tobytes()
         case pb.DTYPE_FLOAT16:
-            packed = rows.astype("<f2").tobytes()
+            packed = _halved(rows).tobytes()
         case pb.DTYPE_INT8:
             packed = np.rint(rows * _INT8_SCALE).clip(-127, 127).astype("i1").tobytes()
         case _:
@@ -50,6 +50,16 @@ def embeddings_to_tensor(rows: NDArray[np.float32], dtype: int = pb.DTYPE_FLOAT3
             )
     # On the wire an enum is any int; its stub wants a member.
     return pb.Tensor(data=packed, dtype=dtype, shape=rows.shape)  # type: ignore[arg-type]
+
+
+def _halved(rows: NDArray[np.float32]) -> NDArray[np.float16]:
+    try:
+        with np.errstate(over="raise"):
+            return rows.astype("<f2")
+    except FloatingPointError as error:
+        raise InvalidRequest(
+            f"values up to {np.abs(rows).max():.3g} are over float16's 65504; ask for float32"
+        ) from error
 
 
 def raw_array(tensor: pb.Tensor) -> NDArray[np.generic]:

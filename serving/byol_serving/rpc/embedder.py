@@ -7,14 +7,13 @@ from typing import Any, TypeAlias
 import grpc
 import numpy as np
 
-from byol_serving.bundle import FeatureMap
+from byol_serving.bundle import EMBEDDING, RAW_EMBEDDING, FeatureMap
 from byol_serving.errors import InvalidRequest
 from byol_serving.images import Pixels
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
 from byol_serving.rpc.calls import deadline_of
 from byol_serving.rpc.convert import embeddings_to_tensor, tensor_to_pixels
-from byol_serving.rpc.features import EMBEDDING
 from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Embeddings
 from byol_serving.rpc.pools import in_order
@@ -61,6 +60,7 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
             model=model.name,
             version=model.version,
             stages=map(_stage, info.features),
+            unnormalized=info.raw_embedding,
         )
 
     async def ExtractFeatures(
@@ -69,7 +69,8 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
         """Feature maps of several stages, and the embeddings if asked for."""
         if request.dtype not in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16):
             raise InvalidRequest("feature maps are float32 or float16; ask for one of them")
-        outputs = [*request.stages, *([EMBEDDING] if request.with_embeddings else [])]
+        embedding = RAW_EMBEDDING if request.unnormalized else EMBEDDING
+        outputs = [*request.stages, *([embedding] if request.with_embeddings else [])]
         with self._models.using(request.model, request.version) as model:
             stages = [model.features.stage(name) for name in request.stages]
             maps = await model.features.extract(
@@ -89,7 +90,7 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
             image_size=model.info.preprocess.size,
         )
         if request.with_embeddings:
-            rows = embeddings_to_tensor(maps[EMBEDDING], request.dtype)
+            rows = embeddings_to_tensor(maps[embedding], request.dtype)
             response.embeddings.CopyFrom(rows)
         return response
 
@@ -97,6 +98,11 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
         self, request: pb.EmbedRequest, deadline: float | None, *, wait: bool
     ) -> pb.EmbedResponse:
         embeddings_to_tensor(_NO_ROWS, request.dtype)  # a wrong dtype is refused before any work
+        if request.unnormalized and request.dtype == pb.DTYPE_INT8:
+            raise InvalidRequest(
+                "int8 holds values from -1 to 1, which un-normalised embeddings exceed;"
+                " ask for float32 or float16"
+            )
         with self._models.using(request.model, request.version) as model:
             rows = await _rows(model, request, deadline, wait=wait)
         tensor = embeddings_to_tensor(rows, request.dtype)
@@ -107,6 +113,9 @@ async def _rows(
     model: Model, request: pb.EmbedRequest, deadline: float | None, *, wait: bool
 ) -> Embeddings:
     images = _images(model, request)
+    if request.unnormalized:
+        found = await model.features.extract(images, [RAW_EMBEDDING], deadline=deadline, wait=wait)
+        return found[RAW_EMBEDDING]
     if isinstance(images, np.ndarray):
         return await model.pipeline.embed_pixels(images, deadline=deadline, wait=wait)
     return await model.pipeline.embed_images(images, deadline=deadline, wait=wait)

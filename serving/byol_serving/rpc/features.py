@@ -1,7 +1,8 @@
-"""Images to dense feature maps: the pipeline's decoding and budget, and batches of their own.
+"""Images to any outputs of the graph: dense feature maps, embeddings that are not normalised.
 
-Maps are large: 64 images of a ResNet-50's first stage are 200 MB. So they count in the budget like
-the images that wait, and an answer that could not be sent is refused before any work.
+The pipeline's decoding and budget, and batches of their own. Maps are large: 64 images of a
+ResNet-50's first stage are 200 MB. So they count in the budget like the images that wait, and an
+answer that could not be sent is refused before any work.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_serving.batcher import Batcher
-from byol_serving.bundle import BundleInfo, FeatureMap
+from byol_serving.bundle import EMBEDDING, RAW_EMBEDDING, BundleInfo, FeatureMap
 from byol_serving.config import ServeConfig
 from byol_serving.errors import InvalidRequest
 from byol_serving.images import Pixels
 from byol_serving.rpc.pipeline import Pipeline
 from byol_serving.timing import BatchRun
 
-EMBEDDING = "embedding"
 _AROUND_MAPS = 1024
 """Bytes of an answer that are not values."""
 
@@ -79,20 +79,23 @@ class Features:
         *,
         itemsize: int = 4,
         deadline: float | None = None,
+        wait: bool = False,
     ) -> Maps:
         """Runs images through the encoder as far as the outputs need.
 
         Args:
             images: files, or pixels uint8 [N, S, S, 3]; at least one.
-            outputs: stages, and `embedding` where that is wanted too.
+            outputs: stages, `embedding` and `raw_embedding`, in any order.
             itemsize: bytes of a value in the answer.
             deadline: on time.monotonic()'s clock; see `Batcher.submit`.
+            wait: for room in the budget, instead of Overloaded.
 
         Returns:
             Name → float32 [N, C, H, W] of a stage, or [N, D].
 
         Raises:
             InvalidRequest: no images, no or unknown outputs, or more than an answer can hold.
+            FailedPrecondition: the bundle does not offer its embeddings un-normalised.
             InvalidImage: names the position of the first bad image.
             Overloaded, DeadlinePassed, Unavailable: nothing is wrong with the request.
         """
@@ -101,13 +104,13 @@ class Features:
         if answer > self._limit:
             fit = self._limit // (values * itemsize)
             raise InvalidRequest(
-                f"the maps of {len(images)} images are {answer} bytes, over the limit of"
+                f"the outputs for {len(images)} images are {answer} bytes, over the limit of"
                 f" {self._limit}; send up to {fit} images, or ask for fewer stages or float16"
             )
         size = len(images) * (values * 4 + self._info.preprocess.size**2 * 3)
         if not isinstance(images, np.ndarray):
             size += sum(map(len, images))
-        with self._pipeline.claim(len(images), size):
+        with await self._pipeline.claim(len(images), size, wait=wait):
             pixels: Sequence[Pixels] | Pixels
             if isinstance(images, np.ndarray):
                 pixels = images
@@ -133,9 +136,11 @@ class Features:
             raise InvalidRequest("the request names no stage; name at least one")
         if len(set(outputs)) != len(outputs):
             raise InvalidRequest(f"stages {', '.join(outputs)}: one is there twice; send it once")
+        if RAW_EMBEDDING in outputs:
+            self._info.check_raw()
         values = 0
         for name in outputs:
-            if name == EMBEDDING:
+            if name in (EMBEDDING, RAW_EMBEDDING):
                 values += self._info.dim
             else:
                 stage = self.stage(name)

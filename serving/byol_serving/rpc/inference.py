@@ -2,7 +2,8 @@
 
 A model has two inputs, of which a request sends one: `images`, BYTES [N], encoded files; or
 `pixels`, UINT8 [N, S, S, 3], RGB of the encoder's input size. Its outputs are `embedding`, FP32
-[N, D], and the feature maps that its bundle offers, FP32 [N, C, H, W].
+[N, D], and, as its bundle offers them, `raw_embedding`, FP32 [N, D], which is that before its
+normalisation, and feature maps, FP32 [N, C, H, W].
 """
 
 import time
@@ -13,12 +14,13 @@ from typing import Any, TypeAlias
 import grpc
 import numpy as np
 
+from byol_serving.bundle import EMBEDDING, RAW_EMBEDDING, BundleInfo
 from byol_serving.errors import InvalidRequest, NotFound
 from byol_serving.images import Pixels
 from byol_serving.pb.inference import grpc_service_pb2 as pb
 from byol_serving.pb.inference import grpc_service_pb2_grpc
 from byol_serving.rpc.calls import deadline_of
-from byol_serving.rpc.features import EMBEDDING, Maps
+from byol_serving.rpc.features import Maps
 from byol_serving.rpc.inference_tensors import fill_output, read_images, read_pixels
 from byol_serving.rpc.models import Model, Models
 
@@ -26,6 +28,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 PLATFORM = "onnxruntime_onnx"
 IMAGES, PIXELS = "images", "pixels"
+_TYPES = {"BYTES": pb.TYPE_STRING, "FP32": pb.TYPE_FP32, "UINT8": pb.TYPE_UINT8}
 
 
 class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -60,9 +63,11 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Context
     ) -> pb.ServerMetadataResponse:
-        """Name and version of this software; it has none of the protocol's extensions."""
+        """Name, version and extensions of this software."""
         return pb.ServerMetadataResponse(
-            name="byol-server", version=installed_version("byol-server")
+            name="byol-server",
+            version=installed_version("byol-server"),
+            extensions=["model_configuration"],
         )
 
     async def ModelMetadata(
@@ -70,27 +75,39 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelMetadataResponse:
         """Inputs and outputs of a model."""
         model = self._models.find(_named(request.name), request.version)
-        size = model.info.preprocess.size
         tensor = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
             name=model.name,
             versions=[each.version for each in self._models.all() if each.name == model.name],
             platform=PLATFORM,
             inputs=[
-                tensor(name=IMAGES, datatype="BYTES", shape=[-1]),
-                tensor(name=PIXELS, datatype="UINT8", shape=[-1, size, size, 3]),
+                tensor(name=name, datatype=kind, shape=sides)
+                for name, (kind, sides) in _inputs(model.info).items()
             ],
             outputs=[
-                tensor(name=EMBEDDING, datatype="FP32", shape=[-1, model.info.dim]),
-                *(
-                    tensor(
-                        name=each.name,
-                        datatype="FP32",
-                        shape=[-1, each.channels, each.side, each.side],
-                    )
-                    for each in model.info.features
-                ),
+                tensor(name=name, datatype="FP32", shape=sides)
+                for name, sides in _outputs(model.info).items()
             ],
+        )
+
+    async def ModelConfig(
+        self, request: pb.ModelConfigRequest, context: Context
+    ) -> pb.ModelConfigResponse:
+        """The same as Triton's configuration files have it."""
+        model = self._models.find(_named(request.name), request.version)
+        return pb.ModelConfigResponse(
+            config=pb.ModelConfig(
+                name=model.name,
+                platform=PLATFORM,
+                input=[
+                    pb.ModelInput(name=name, data_type=_TYPES[kind], dims=sides, optional=True)
+                    for name, (kind, sides) in _inputs(model.info).items()
+                ],
+                output=[
+                    pb.ModelOutput(name=name, data_type=_TYPES["FP32"], dims=sides)
+                    for name, sides in _outputs(model.info).items()
+                ],
+            )
         )
 
     async def ModelInfer(
@@ -110,6 +127,19 @@ class InferenceService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         for name in outputs:
             fill_output(response, name, found[name], raw=bool(request.raw_input_contents))
         return response
+
+
+def _inputs(info: BundleInfo) -> dict[str, tuple[str, list[int]]]:
+    """Datatype and shape by name."""
+    size = info.preprocess.size
+    return {IMAGES: ("BYTES", [-1]), PIXELS: ("UINT8", [-1, size, size, 3])}
+
+
+def _outputs(info: BundleInfo) -> dict[str, list[int]]:
+    """Shape by name; all are FP32."""
+    vectors = [EMBEDDING, *([RAW_EMBEDDING] if info.raw_embedding else [])]
+    maps = {each.name: [-1, each.channels, each.side, each.side] for each in info.features}
+    return {**{name: [-1, info.dim] for name in vectors}, **maps}
 
 
 async def _infer(

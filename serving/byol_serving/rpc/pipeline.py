@@ -52,7 +52,7 @@ class Pipeline:
         Args:
             embed: the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe.
             preprocess: of the encoder's bundle.
-            config: with `max_batch` and `inference_workers` as the encoder wants them, not 0.
+            config: with `max_batch` and both numbers of workers as they are to be, not 0.
             together: let the decoding threads do the inference of their images too.
             watch: told of each batch of each step.
         """
@@ -116,7 +116,7 @@ class Pipeline:
             Overloaded, DeadlinePassed, Unavailable: nothing is wrong with the images.
         """
         size = sum(map(len, images)) + len(images) * self._pixel_bytes
-        with await self._claim(len(images), size, wait):
+        with await self.claim(len(images), size, wait=wait):
             if self._both is not None:
                 rows = _good(await self._both.submit(images, deadline=deadline))
                 return rows[0][None] if len(rows) == 1 else np.stack(rows)
@@ -139,7 +139,7 @@ class Pipeline:
         self, pixels: Pixels, *, deadline: float | None = None, wait: bool = False
     ) -> Embeddings:
         """Embeds uint8 [N, S, S, 3]; otherwise as `embed_images`."""
-        with await self._claim(len(pixels), pixels.nbytes, wait):
+        with await self.claim(len(pixels), pixels.nbytes, wait=wait):
             return _joined(await self._inference.submit(list(pixels), deadline=deadline))
 
     async def decode(
@@ -169,21 +169,18 @@ class Pipeline:
             if batcher is not None:
                 await batcher.close()
 
-    def claim(self, images: int, size: int) -> Claim:
+    async def claim(self, images: int, size: int, *, wait: bool) -> Claim:
         """Room in the budget.
 
         Raises:
             InvalidRequest: no images, or more than could ever be queued.
-            Overloaded: no room now.
+            Overloaded: no room now, and not to `wait` for it.
         """
-        _check_any(images)
+        if not images:
+            raise InvalidRequest("the request has no images; send at least one")
+        if wait:
+            return await self.budget.wait_for(images, size)
         return self.budget.claim(images, size)
-
-    async def _claim(self, images: int, size: int, wait: bool) -> Claim:
-        if not wait:
-            return self.claim(images, size)
-        _check_any(images)
-        return await self.budget.wait_for(images, size)
 
     async def _piece(
         self, images: Sequence[bytes], offset: int, deadline: float | None
@@ -213,11 +210,6 @@ def _good(
                 raise each.at(offset + len(found))
             found.append(each)
     return found
-
-
-def _check_any(images: int) -> None:
-    if not images:
-        raise InvalidRequest("the request has no images; send at least one")
 
 
 def _joined(parts: list[Embeddings]) -> Embeddings:

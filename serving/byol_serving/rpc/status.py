@@ -16,6 +16,7 @@ CODES: Mapping[type[ByolError], StatusCode] = {
     errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
     errors.InvalidImage: StatusCode.INVALID_ARGUMENT,
     errors.ImageTooLarge: StatusCode.INVALID_ARGUMENT,
+    errors.ImageTooSlow: StatusCode.INVALID_ARGUMENT,
     errors.InvalidVector: StatusCode.INVALID_ARGUMENT,
     errors.NotFound: StatusCode.NOT_FOUND,
     errors.UnknownCollection: StatusCode.NOT_FOUND,

@@ -131,6 +131,27 @@ def test_a_sync_on_ray_with_content_ids(bundle: Bundle, encoder: Encoder, tmp_pa
     assert [row["source"] for row in ours.values()] == [row["source"] for row in wanted.values()]
 
 
+@pytest.mark.usefixtures("session")
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_feature_maps_on_ray_are_the_local_engines(
+    bundle: Bundle, encoder: Encoder, tmp_path: Path
+) -> None:
+    from byol_serving.indexing import ray_engine
+    from byol_serving.indexing.columns import columns_of
+    from byol_serving.indexing.pipeline import run
+    from byol_serving.indexing.sinks import ParquetSink
+
+    source = write_folder(tmp_path / "images", image_files(12))
+    columns = columns_of(bundle.info, ["cells"], normalize=False)
+    sink = ParquetSink(DIM, bundle.info.encoder_id, columns)
+    ray_engine.run(small_plan(source, tmp_path / "ray"), bundle, sink, device="cpu")
+    run(small_plan(source, tmp_path / "local"), [encoder], sink)
+    parts = sorted((tmp_path / "local").glob("part-*"))
+    assert len(parts) == 2
+    for part in parts:
+        assert part.read_bytes() == (tmp_path / "ray" / part.name).read_bytes()
+
+
 def test_no_cluster_is_an_error_in_one_line(bundle: Bundle, tmp_path: Path) -> None:
     from byol_serving.indexing import ray_engine
     from byol_serving.indexing.sinks import NpySink

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,9 @@ import uvloop
 
 from byol_serving.client import Client
 from byol_serving.config import ServeConfig
-from byol_serving.server import serving
+from byol_serving.pb.byol.v1 import byol_pb2 as pb
+from byol_serving.server import Running, serving
+from serving.rpc.two_processes import Asked, asked
 from serving.support import make_bundle
 
 
@@ -67,3 +69,14 @@ def address(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def client(address: str) -> Iterator[Client]:
     with Client(address, timeout=20) as client:
         yield client
+
+
+@pytest.fixture
+async def pair(bundle_path: Path, tmp_path: Path) -> AsyncIterator[tuple[Running, Asked]]:
+    """Two processes with a store, and the collection `c`, empty."""
+    config = ServeConfig(
+        bundle=bundle_path, store=tmp_path / "store", port=0, processes=2, metrics_port=0
+    )
+    async with serving(config) as running, asked(running) as both:
+        await both.collections[1].CreateCollection(pb.CreateCollectionRequest(name="c"))
+        yield running, both

@@ -182,6 +182,10 @@ def test_vectors_of_another_encoder_are_refused(client: Client, name: str) -> No
         client.search(name, image=PIXELS[0], k=1)
     with pytest.raises(EncoderMismatch):
         client.upsert(name, ["d"], vectors=vectors[:1], encoder_id="another")
+    for claimed in ("elsewhere", ""):
+        assert client.search_many(name, SearchOptions(k=1, encoder_id=claimed), vectors=vectors)
+    with pytest.raises(EncoderMismatch, match="not of another"):
+        client.search_many(name, SearchOptions(encoder_id="another"), vectors=vectors)
     with pytest.raises(InvalidRequest, match="not the loaded encoder's"):
         client.create_collection("x", dim=3)
 

@@ -36,6 +36,13 @@ def test_embeddings_survive_the_wire_within_their_precision(
     assert np.abs(back - rows).max() <= tolerance
 
 
+def test_what_float16_cannot_hold_is_refused() -> None:
+    rows = np.array([[1.0, -7e4]], np.float32)
+    with pytest.raises(InvalidRequest, match=r"up to 7e.04 are over float16's 65504"):
+        embeddings_to_tensor(rows, pb.DTYPE_FLOAT16)
+    assert embeddings_to_tensor(rows).shape == [1, 2]
+
+
 def test_pixels_survive_the_wire() -> None:
     pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     np.testing.assert_array_equal(tensor_to_pixels(pixels_to_tensor(pixels), 4), pixels)

@@ -79,7 +79,9 @@ async def test_maps_that_no_answer_could_hold_are_refused_before_any_work(tmp_pa
     config = ServeConfig(bundle=bundle.path, port=0, max_message_bytes=2**13)
     async with serving(config) as running, AsyncClient(running.address) as client:
         files = [png(each) for each in random_pixels(30)]
-        wanted = r"maps of 30 images are 11520 bytes, over the limit of 7168; send up to 18 images"
+        wanted = (
+            r"outputs for 30 images are 11520 bytes, over the limit of 7168; send up to 18 images"
+        )
         with pytest.raises(InvalidRequest, match=wanted):
             await client.extract_features(files, ["cells", "doubled"])
         found = await client.extract_features(files[:18], ["cells", "doubled"])
@@ -97,5 +99,5 @@ def test_a_bundle_that_names_a_map_its_graph_lacks_is_refused(tmp_path: Path) ->
         golden,
         reference(golden),
     )
-    with pytest.raises(InvalidBundle, match="lacks the feature maps layer9"):
+    with pytest.raises(InvalidBundle, match="lacks the outputs layer9"):
         Encoder(bundle, device="cpu")

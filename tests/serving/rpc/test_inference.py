@@ -16,7 +16,15 @@ import pytest
 from byol_serving.client import Client
 from byol_serving.pb.inference import grpc_service_pb2 as pb
 from byol_serving.pb.inference import grpc_service_pb2_grpc
-from serving.support import DIM, SIZE, png, random_pixels, reference, reference_cells
+from serving.support import (
+    DIM,
+    SIZE,
+    png,
+    random_pixels,
+    reference,
+    reference_cells,
+    reference_raw,
+)
 
 PIXELS = random_pixels(3)
 FILES = [png(each) for each in PIXELS]
@@ -56,10 +64,30 @@ def test_tritonclient_works_unchanged(address: str, client: Client, tmp_path: Pa
         ],
         "outputs": [
             {"name": "embedding", "datatype": "FP32", "shape": ["-1", str(DIM)]},
+            {"name": "raw_embedding", "datatype": "FP32", "shape": ["-1", str(DIM)]},
             {"name": "cells", "datatype": "FP32", "shape": ["-1", "3", "4", "4"]},
             {"name": "doubled", "datatype": "FP32", "shape": ["-1", "3", "4", "4"]},
         ],
     }
+    config = seen["config"]
+    assert (config["name"], config["platform"]) == ("tiny", "onnxruntime_onnx")
+    assert config["input"] == [
+        {"name": "images", "data_type": "TYPE_STRING", "dims": ["-1"], "optional": True},
+        {
+            "name": "pixels",
+            "data_type": "TYPE_UINT8",
+            "dims": ["-1", str(SIZE), str(SIZE), "3"],
+            "optional": True,
+        },
+    ]
+    assert config["output"][0] == {
+        "name": "embedding",
+        "data_type": "TYPE_FP32",
+        "dims": ["-1", str(DIM)],
+    }
+    assert [each["name"] for each in config["output"]] == [
+        each["name"] for each in seen["model"]["outputs"]
+    ]
     assert seen["response"] == {"model_name": "tiny", "model_version": version, "id": "seven"}
     np.testing.assert_allclose(seen["by_files"], reference(PIXELS), atol=1e-5)
     np.testing.assert_allclose(seen["by_pixels"], reference(PIXELS), atol=1e-5)
@@ -101,13 +129,14 @@ def test_typed_contents_are_answered_in_typed_contents(stub: Any) -> None:
 
 def test_feature_maps_are_outputs_too(stub: Any) -> None:
     tensor = Tensor(name="pixels", datatype="UINT8", shape=PIXELS.shape)
-    names = ["doubled", "embedding"]
+    names = ["doubled", "raw_embedding", "embedding"]
     outputs = [pb.ModelInferRequest.InferRequestedOutputTensor(name=each) for each in names]
     answer = stub.ModelInfer(request(tensor, raw=[PIXELS.tobytes()], outputs=outputs), timeout=10)
     assert [each.name for each in answer.outputs] == names
-    maps, rows = (np.frombuffer(each, "<f4") for each in answer.raw_output_contents)
+    maps, raw, rows = (np.frombuffer(each, "<f4") for each in answer.raw_output_contents)
     cells = reference_cells(PIXELS)
     np.testing.assert_allclose(maps.reshape(answer.outputs[0].shape), 2 * cells, atol=1e-5)
+    np.testing.assert_allclose(raw.reshape(3, DIM), reference_raw(PIXELS), atol=1e-5)
     np.testing.assert_allclose(rows.reshape(3, DIM), reference(PIXELS), atol=1e-5)
 
 
@@ -211,6 +240,9 @@ def test_field_numbers_are_the_specifications() -> None:
         "InferTensorContents": "bool_contents=1 int_contents=2 int64_contents=3 uint_contents=4"
         " uint64_contents=5 fp32_contents=6 fp64_contents=7 bytes_contents=8",
         "ModelMetadataResponse": "name=1 versions=2 platform=3 inputs=4 outputs=5",
+        "ModelConfig": "name=1 platform=2 max_batch_size=4 input=5 output=6",
+        "ModelInput": "name=1 data_type=2 dims=4 optional=8",
+        "ModelOutput": "name=1 data_type=2 dims=3",
         "InferParameter": "bool_param=1 int64_param=2 string_param=3 double_param=4 uint64_param=5",
     }
     for name, fields in wanted.items():

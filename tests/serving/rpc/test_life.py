@@ -34,7 +34,8 @@ from byol_serving.errors import (
 )
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
-from byol_serving.server import SERVICES, serving
+from byol_serving.server import serving
+from byol_serving.server_parts import SERVICES
 from serving.support import DIM, make_bundle, png, random_pixels, reference
 
 PIXELS = random_pixels(4)
@@ -64,7 +65,7 @@ class Slow:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
     slow = Slow()
-    monkeypatch.setattr("byol_serving.server.Encoder", _slow_encoder(slow))
+    monkeypatch.setattr("byol_serving.server_parts.Encoder", _slow_encoder(slow))
     return slow
 
 
@@ -325,14 +326,14 @@ async def test_tls(bundle_path: Path, certificates: Path, mutual: bool) -> None:
 MAIN = """
 import pathlib, sys, time
 from byol_serving.config import ServeConfig
-from byol_serving import server
-class Slow(server.Encoder):
+from byol_serving import server, server_parts
+class Slow(server_parts.Encoder):
     def embed(self, pixels):
         if len(pixels) == 3:
             print("busy", flush=True)
             time.sleep(float(sys.argv[3]))
         return super().embed(pixels)
-server.Encoder = Slow
+server_parts.Encoder = Slow
 bundle, store = map(pathlib.Path, sys.argv[1:3])
 config = ServeConfig(bundle=bundle, store=store, port=0, inference_workers=1)
 sys.exit(server.run_server(config, lambda address: print(address, flush=True)))

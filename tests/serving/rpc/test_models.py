@@ -245,7 +245,7 @@ async def test_what_is_unloaded_is_let_go(folder: Path, monkeypatch: pytest.Monk
             super().__init__(*arguments, **options)
             encoders.append(weakref.ref(self))
 
-    monkeypatch.setattr("byol_serving.server.Encoder", Watched)
+    monkeypatch.setattr("byol_serving.server_parts.Encoder", Watched)
     config = ServeConfig(models=folder, default_model="cats", port=0)
     async with serving(config) as running, AsyncClient(running.address) as client:
         with AdminClient(running.address, timeout=20) as admin:

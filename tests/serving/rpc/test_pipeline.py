@@ -79,7 +79,7 @@ async def test_an_encoder_that_fails_fails_the_request(encoder: Encoder) -> None
     def broken(pixels: Pixels) -> NDArray[np.float32]:
         raise RuntimeError("broken")
 
-    config = ServeConfig(store=Path("unused"), max_batch=8, inference_workers=1)
+    config = ServeConfig(store=Path("unused"), max_batch=8, inference_workers=1, decode_workers=2)
     asked = Pipeline(broken, encoder.bundle.info.preprocess, config, together=True)
     with pytest.raises(RuntimeError, match="broken"):
         await asked.embed_images(FILES[:2])

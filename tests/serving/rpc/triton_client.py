@@ -54,6 +54,7 @@ def main() -> None:
         "other_ready": client.is_model_ready("other"),
         "server": client.get_server_metadata(as_json=True),
         "model": client.get_model_metadata(model, as_json=True),
+        "config": client.get_model_config(model, as_json=True)["config"],
         "response": {key: response[key] for key in ("model_name", "model_version", "id")},
         "by_files": by_files,
         "by_pixels": by_pixels,

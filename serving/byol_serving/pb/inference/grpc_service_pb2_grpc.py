@@ -59,6 +59,11 @@ class GRPCInferenceServiceStub(object):
                 request_serializer=byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelMetadataRequest.SerializeToString,
                 response_deserializer=byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelMetadataResponse.FromString,
                 _registered_method=True)
+        self.ModelConfig = channel.unary_unary(
+                '/inference.GRPCInferenceService/ModelConfig',
+                request_serializer=byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelConfigRequest.SerializeToString,
+                response_deserializer=byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelConfigResponse.FromString,
+                _registered_method=True)
         self.ModelInfer = channel.unary_unary(
                 '/inference.GRPCInferenceService/ModelInfer',
                 request_serializer=byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelInferRequest.SerializeToString,
@@ -99,9 +104,15 @@ class GRPCInferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ModelConfig(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ModelInfer(self, request, context):
         """Inputs: `images` BYTES [N] (encoded files) or `pixels` UINT8 [N, S, S, 3]; output: `embedding`
-        FP32 [N, D], and the bundle's feature maps where they are asked for by name.
+        FP32 [N, D], and `raw_embedding` and the bundle's feature maps where they are asked for by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,6 +145,11 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
                     servicer.ModelMetadata,
                     request_deserializer=byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelMetadataRequest.FromString,
                     response_serializer=byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelMetadataResponse.SerializeToString,
+            ),
+            'ModelConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelConfig,
+                    request_deserializer=byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelConfigRequest.FromString,
+                    response_serializer=byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelConfigResponse.SerializeToString,
             ),
             'ModelInfer': grpc.unary_unary_rpc_method_handler(
                     servicer.ModelInfer,
@@ -276,6 +292,33 @@ class GRPCInferenceService(object):
             '/inference.GRPCInferenceService/ModelMetadata',
             byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelMetadataRequest.SerializeToString,
             byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelMetadataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/ModelConfig',
+            byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelConfigRequest.SerializeToString,
+            byol__serving_dot_pb_dot_inference_dot_grpc__service__pb2.ModelConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,

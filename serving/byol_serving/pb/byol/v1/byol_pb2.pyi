@@ -84,12 +84,17 @@ class EmbedRequest(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    UNNORMALIZED_FIELD_NUMBER: builtins.int
     dtype: Global___DType.ValueType
     """float32 (default), float16 or int8."""
     model: builtins.str
     """Empty: the server's default model."""
     version: builtins.str
     """Empty: the version in use."""
+    unnormalized: builtins.bool
+    """As they are before L2 normalisation (after whitening, where the bundle whitens), as float32 or
+    float16. FAILED_PRECONDITION where the bundle is too old to have them.
+    """
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """Encoded image files (JPEG, PNG, WebP, GIF, BMP, TIFF), decoded as the encoder's bundle says."""
@@ -106,9 +111,10 @@ class EmbedRequest(google.protobuf.message.Message):
         dtype: Global___DType.ValueType = ...,
         model: builtins.str = ...,
         version: builtins.str = ...,
+        unnormalized: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "unnormalized", b"unnormalized", "version", b"version"]) -> None: ...
 
 Global___EmbedRequest: typing_extensions.TypeAlias = EmbedRequest
 
@@ -121,7 +127,7 @@ class EmbedResponse(google.protobuf.message.Message):
     encoder_id: builtins.str
     @property
     def embeddings(self) -> Global___Tensor:
-        """[N, D], L2-normalised rows"""
+        """[N, D], L2-normalised rows unless asked for otherwise"""
 
     def __init__(
         self,
@@ -167,6 +173,7 @@ class Encoder(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     STAGES_FIELD_NUMBER: builtins.int
+    UNNORMALIZED_FIELD_NUMBER: builtins.int
     encoder_id: builtins.str
     """sha256 of the ONNX graph"""
     name: builtins.str
@@ -179,6 +186,8 @@ class Encoder(google.protobuf.message.Message):
     model: builtins.str
     """the name that requests call it by"""
     version: builtins.str
+    unnormalized: builtins.bool
+    """whether embeddings can be asked for un-normalised"""
     @property
     def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Stage]:
         """that ExtractFeatures can be asked for"""
@@ -195,8 +204,9 @@ class Encoder(google.protobuf.message.Message):
         model: builtins.str = ...,
         version: builtins.str = ...,
         stages: collections.abc.Iterable[Global___Stage] | None = ...,
+        unnormalized: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "model", b"model", "name", b"name", "precision", b"precision", "provider", b"provider", "stages", b"stages", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "encoder_id", b"encoder_id", "image_size", b"image_size", "model", b"model", "name", b"name", "precision", b"precision", "provider", b"provider", "stages", b"stages", "unnormalized", b"unnormalized", "version", b"version"]) -> None: ...
 
 Global___Encoder: typing_extensions.TypeAlias = Encoder
 
@@ -238,6 +248,7 @@ class ExtractFeaturesRequest(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     STAGES_FIELD_NUMBER: builtins.int
     WITH_EMBEDDINGS_FIELD_NUMBER: builtins.int
+    UNNORMALIZED_FIELD_NUMBER: builtins.int
     dtype: Global___DType.ValueType
     """float32 (default) or float16."""
     model: builtins.str
@@ -246,6 +257,8 @@ class ExtractFeaturesRequest(google.protobuf.message.Message):
     """empty: the version in use"""
     with_embeddings: builtins.bool
     """Also the embeddings, which the same run of the encoder gives."""
+    unnormalized: builtins.bool
+    """And those as in EmbedRequest.unnormalized."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """As in EmbedRequest: encoded images or raw pixels."""
@@ -266,9 +279,10 @@ class ExtractFeaturesRequest(google.protobuf.message.Message):
         version: builtins.str = ...,
         stages: collections.abc.Iterable[builtins.str] | None = ...,
         with_embeddings: builtins.bool = ...,
+        unnormalized: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["pixels", b"pixels"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "stages", b"stages", "version", b"version", "with_embeddings", b"with_embeddings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "images", b"images", "model", b"model", "pixels", b"pixels", "stages", b"stages", "unnormalized", b"unnormalized", "version", b"version", "with_embeddings", b"with_embeddings"]) -> None: ...
 
 Global___ExtractFeaturesRequest: typing_extensions.TypeAlias = ExtractFeaturesRequest
 
@@ -912,6 +926,7 @@ class SearchRequest(google.protobuf.message.Message):
     MMR_CANDIDATES_FIELD_NUMBER: builtins.int
     EFFORT_FIELD_NUMBER: builtins.int
     COLUMNS_FIELD_NUMBER: builtins.int
+    ENCODER_ID_FIELD_NUMBER: builtins.int
     collection: builtins.str
     k: builtins.int
     """1 .. the collection's size; more is INVALID_ARGUMENT, except with min_score, where k is a limit.
@@ -940,6 +955,10 @@ class SearchRequest(google.protobuf.message.Message):
     """Answers with `columns`, which have neither metadata nor vectors, instead of `results`: much
     cheaper for both sides. Not with group_by.
     """
+    encoder_id: builtins.str
+    """The encoder that made the vectors sent; empty: trust the caller. Another than the collection's is
+    refused.
+    """
     @property
     def queries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Query]: ...
     @property
@@ -967,9 +986,10 @@ class SearchRequest(google.protobuf.message.Message):
         mmr_candidates: builtins.int = ...,
         effort: builtins.int = ...,
         columns: builtins.bool = ...,
+        encoder_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_min_score", b"_min_score", "_mmr_lambda", b"_mmr_lambda", "_version", b"_version", "filter", b"filter", "min_score", b"min_score", "mmr_lambda", b"mmr_lambda", "vectors", b"vectors", "version", b"version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_min_score", b"_min_score", "_mmr_lambda", b"_mmr_lambda", "_version", b"_version", "collection", b"collection", "columns", b"columns", "effort", b"effort", "filter", b"filter", "group_by", b"group_by", "group_size", b"group_size", "k", b"k", "min_score", b"min_score", "mmr_candidates", b"mmr_candidates", "mmr_lambda", b"mmr_lambda", "offset", b"offset", "queries", b"queries", "vectors", b"vectors", "version", b"version", "with_vectors", b"with_vectors", "without_metadata", b"without_metadata"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_min_score", b"_min_score", "_mmr_lambda", b"_mmr_lambda", "_version", b"_version", "collection", b"collection", "columns", b"columns", "effort", b"effort", "encoder_id", b"encoder_id", "filter", b"filter", "group_by", b"group_by", "group_size", b"group_size", "k", b"k", "min_score", b"min_score", "mmr_candidates", b"mmr_candidates", "mmr_lambda", b"mmr_lambda", "offset", b"offset", "queries", b"queries", "vectors", b"vectors", "version", b"version", "with_vectors", b"with_vectors", "without_metadata", b"without_metadata"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_score", b"_min_score"]) -> typing.Literal["min_score"] | None: ...
     @typing.overload
@@ -1281,6 +1301,7 @@ class ClassifyRequest(google.protobuf.message.Message):
     K_FIELD_NUMBER: builtins.int
     TEMPERATURE_FIELD_NUMBER: builtins.int
     FILTER_FIELD_NUMBER: builtins.int
+    ENCODER_ID_FIELD_NUMBER: builtins.int
     collection: builtins.str
     key: builtins.str
     """the metadata key that holds labels"""
@@ -1288,6 +1309,10 @@ class ClassifyRequest(google.protobuf.message.Message):
     """neighbours that vote; default 20"""
     temperature: builtins.float
     """a vote weighs exp(similarity / temperature); default 0.07"""
+    encoder_id: builtins.str
+    """The encoder that made the vectors sent; empty: trust the caller. Another than the collection's is
+    refused.
+    """
     @property
     def queries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Example]: ...
     @property
@@ -1301,9 +1326,10 @@ class ClassifyRequest(google.protobuf.message.Message):
         k: builtins.int = ...,
         temperature: builtins.float = ...,
         filter: Global___Filter | None = ...,
+        encoder_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["filter", b"filter"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["collection", b"collection", "filter", b"filter", "k", b"k", "key", b"key", "queries", b"queries", "temperature", b"temperature"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["collection", b"collection", "encoder_id", b"encoder_id", "filter", b"filter", "k", b"k", "key", b"key", "queries", b"queries", "temperature", b"temperature"]) -> None: ...
 
 Global___ClassifyRequest: typing_extensions.TypeAlias = ClassifyRequest
 
@@ -1395,9 +1421,14 @@ class VerifyPairsRequest(google.protobuf.message.Message):
     COLLECTION_FIELD_NUMBER: builtins.int
     PAIRS_FIELD_NUMBER: builtins.int
     THRESHOLD_FIELD_NUMBER: builtins.int
+    ENCODER_ID_FIELD_NUMBER: builtins.int
     collection: builtins.str
     """gives the encoder, and the items of examples by id"""
     threshold: builtins.float
+    encoder_id: builtins.str
+    """The encoder that made the vectors sent; empty: trust the caller. Another than the collection's is
+    refused.
+    """
     @property
     def pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Pair]: ...
     def __init__(
@@ -1406,8 +1437,9 @@ class VerifyPairsRequest(google.protobuf.message.Message):
         collection: builtins.str = ...,
         pairs: collections.abc.Iterable[Global___Pair] | None = ...,
         threshold: builtins.float = ...,
+        encoder_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["collection", b"collection", "pairs", b"pairs", "threshold", b"threshold"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["collection", b"collection", "encoder_id", b"encoder_id", "pairs", b"pairs", "threshold", b"threshold"]) -> None: ...
 
 Global___VerifyPairsRequest: typing_extensions.TypeAlias = VerifyPairsRequest
 
@@ -1455,9 +1487,14 @@ class CalibratePairsRequest(google.protobuf.message.Message):
     PAIRS_FIELD_NUMBER: builtins.int
     SAME_FIELD_NUMBER: builtins.int
     MAX_FALSE_ACCEPTS_FIELD_NUMBER: builtins.int
+    ENCODER_ID_FIELD_NUMBER: builtins.int
     collection: builtins.str
     max_false_accepts: builtins.float
     """The threshold keeps false accepts at or below this rate; absent: it is the most accurate one."""
+    encoder_id: builtins.str
+    """The encoder that made the vectors sent; empty: trust the caller. Another than the collection's is
+    refused.
+    """
     @property
     def pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Pair]: ...
     @property
@@ -1471,9 +1508,10 @@ class CalibratePairsRequest(google.protobuf.message.Message):
         pairs: collections.abc.Iterable[Global___Pair] | None = ...,
         same: collections.abc.Iterable[builtins.bool] | None = ...,
         max_false_accepts: builtins.float | None = ...,
+        encoder_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_max_false_accepts", b"_max_false_accepts", "max_false_accepts", b"max_false_accepts"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_false_accepts", b"_max_false_accepts", "collection", b"collection", "max_false_accepts", b"max_false_accepts", "pairs", b"pairs", "same", b"same"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_max_false_accepts", b"_max_false_accepts", "collection", b"collection", "encoder_id", b"encoder_id", "max_false_accepts", b"max_false_accepts", "pairs", b"pairs", "same", b"same"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_max_false_accepts", b"_max_false_accepts"]) -> typing.Literal["max_false_accepts"] | None: ...
 
 Global___CalibratePairsRequest: typing_extensions.TypeAlias = CalibratePairsRequest
