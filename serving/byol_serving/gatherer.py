@@ -26,9 +26,9 @@ Rows = NDArray[np.float32]
 
 _LINGER_S = 0.0002
 """About three times as long as the loop takes to receive one more request."""
-_ALONE = 4
+_ALONE = 16
 """Batches of one in a row after which requests are not held back any more: there is one client."""
-_TRY = 8
+_TRY = 4
 """But every so many it is tried again."""
 _TURN_S = 0.002
 """That a batch may keep the loop from its other work."""
