@@ -33,7 +33,7 @@ PEERS = ("hnswlib", "qdrant", "milvus", "lancedb")
 EFFORTS = sorted({round(2 * 1.1**step) for step in range(74)})
 """2 .. 2,100, each about a tenth above the one before, so that recalls come out nearly equal."""
 _AT_ONCE = 5000
-_PATIENCE_S = 300.0
+_PATIENCE_S = 900.0
 """A peer whose build takes longer is left out."""
 _MILVUS_MOST = 200_000  # its create_index times out at a million
 _OPTIONS = IndexOptions(snapshot_every=10**9)

@@ -3,9 +3,9 @@
 Threads that share Python's lock lose some 50 µs each time that they hand it to each other, which is
 more than a thumbnail takes through a small encoder. On the loop nothing is handed over; but a batch
 that left at once would be of one request nearly always, since the loop takes them in one by one. So
-a batch is held back while requests follow each other within `_LINGER_S`, and no longer; the loop
-goes on with its other work meanwhile. Where this brought nobody a few times, there is one client,
-whose requests leave at once.
+a batch is held back while requests follow each other within `_LINGER_S`, or twice that while there
+are fewer than in the last batch; the loop goes on with its other work meanwhile. Where this brought
+nobody a few times, there is one client, whose requests leave at once.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ Rows = NDArray[np.float32]
 
 _LINGER_S = 0.0002
 """About three times as long as the loop takes to receive one more request."""
-_ALONE = 4
+_ALONE = 16
 """Batches of one in a row after which requests are not held back any more: there is one client."""
-_TRY = 8
+_TRY = 4
 """But every so many it is tried again."""
 _TURN_S = 0.002
 """That a batch may keep the loop from its other work."""
@@ -75,6 +75,8 @@ class Gatherer(Generic[Item]):
         self._newest = 0.0
         self._size = max_batch
         """Items that a batch may have now, so that it keeps to its turn."""
+        self._last_batch = 1
+        """Requests in it."""
         self._lone = 0
         """Batches of a single request in a row."""
         self.seconds_per_item = 0.0
@@ -118,6 +120,7 @@ class Gatherer(Generic[Item]):
         """Runs one batch, or looks again in the loop's next turn."""
         if not self._more_may_come() and (batch := self._take()):
             self._answer(batch)
+            self._last_batch = len(batch)
             self._lone = self._lone + 1 if len(batch) == 1 else 0
         self._turn_is_due = bool(self._queue)
         if self._turn_is_due:
@@ -128,7 +131,9 @@ class Gatherer(Generic[Item]):
             return False
         if len(self._queue) == 1 and self._lone >= _ALONE and self._lone % _TRY:
             return False
-        return time.perf_counter() - self._newest < _LINGER_S
+        # Who was answered together asks again together.
+        patience = 2 * _LINGER_S if len(self._queue) < self._last_batch else _LINGER_S
+        return time.perf_counter() - self._newest < patience
 
     def _take(self) -> list[_Job[Item]]:
         """The oldest requests, without those that nobody waits for any more."""

@@ -36,9 +36,9 @@ from soak.material import BAD, MODEL, Material, make_material
 
 MEMORY_FACTOR = 1.25
 MEMORY_BYTES = 64 * 2**20
-SWITCH_BYTES = 8 * 2**20
-"""For each switch in between. glibc keeps what was freed between blocks in use, so that the process
-grew by half of this a switch under load; the server gives it back now, so this is room."""
+SWITCH_BYTES = 2 * 2**20
+"""For each switch in between. None was seen to cost any for good: 24 on an idle server and 46 under
+this load left the process no larger than before. Loads and trims in between move it by 40 MiB."""
 OVERLOAD = 2.0
 QUEUE = 64
 LEFT_OVER = ("byol_requests_in_flight", "byol_accepted_images", "byol_queue_images")

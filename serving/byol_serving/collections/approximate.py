@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from byol_serving.collections import kinds
+from byol_serving.collections.desk import desk_for
 from byol_serving.collections.exact import (
     SEARCHING,
     Bits,
@@ -16,7 +17,6 @@ from byol_serving.collections.exact import (
     marked,
     nothing,
     rescored,
-    room,
     share_cores,
 )
 from byol_serving.collections.faiss_library import faiss
@@ -44,7 +44,8 @@ class ReadersWriter:
     """Many readers or one writer; a waiting writer goes before new readers."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._readers = 0
         self._waiting = 0
         self._writing = False
@@ -53,14 +54,14 @@ class ReadersWriter:
 
     def begin_reading(self) -> None:
         """Waits until nobody writes or is about to."""
-        with self._changed:
+        with self._lock:  # the condition's own `with` costs each search some microseconds more
             while self._writing or self._waiting:
                 self._changed.wait()
             self._readers += 1
 
     def end_reading(self) -> None:
         """Lets a waiting writer go on."""
-        with self._changed:
+        with self._lock:
             self._readers -= 1
             if not self._readers and self._waiting:
                 self._changed.notify_all()
@@ -107,7 +108,8 @@ class Approximate:
         self.tuning = tuning
         self.lock = ReadersWriter()
         self._index = index
-        self._lists = 0 if kinds.is_graph(kind) else kinds.lists_of(index)
+        self._graph, self._lossy = kinds.is_graph(kind), kinds.is_lossy(kind)
+        self._lists = 0 if self._graph else kinds.lists_of(index)
         _place(kind, index)
 
     @classmethod
@@ -177,13 +179,13 @@ class Approximate:
 
     def outgrown(self, count: int) -> bool:
         """Whether it was trained, or its walk measured, for far fewer items than `count`."""
-        if kinds.is_graph(self.kind):
+        if self._graph:
             return count >= _OUTGROWN * self.tuning.items
         return kinds.lists_for(self.kind, count) >= 2 * self._lists
 
     def add(self, vectors: Vectors, stopping: Callable[[], bool]) -> None:
         """Adds in small steps, so that a search never waits longer than one of them."""
-        step = _ADD_AT_ONCE_GRAPH if kinds.is_graph(self.kind) else _ADD_AT_ONCE_LISTS
+        step = _ADD_AT_ONCE_GRAPH if self._graph else _ADD_AT_ONCE_LISTS
         for start in range(0, len(vectors), step):
             if stopping():
                 return
@@ -249,7 +251,7 @@ class Approximate:
         lists = min(effort or self._effort(kept), self._lists)
         asked = kinds.candidates(self.kind, k, self.tuning.depth)
         found = copy.search(queries, asked, alive, lists)
-        if found is not None and kinds.is_lossy(self.kind):
+        if found is not None and self._lossy:
             found = rescored(queries, vectors, found[1], k)
         return None if found is None else (found, copy.size)
 
@@ -273,12 +275,12 @@ class Approximate:
         depth: float,
     ) -> Found:
         count = kinds.candidates(self.kind, k, depth)
-        if kinds.is_graph(self.kind):
+        if self._graph:
             # Tuned for ten; a walk for more has to be wider.
             effort = max(effort, count if k <= RECALL_AT + 1 else 2 * count)
         else:
             effort = min(effort, self._lists)
-        scores, positions = room(len(queries), count)
+        desk = desk_for(queries, count, k)
         with self.lock.reading:
             if bits is not None:
                 selector = faiss.IDSelectorBitmap(bits)
@@ -287,16 +289,13 @@ class Approximate:
             else:
                 selector = None
             parameters = kinds.parameters(self.kind, effort, selector)
-            # Past FAISS's Python, which takes a lone query some microseconds.
-            self._index.search_c(
-                len(queries),
-                faiss.swig_ptr(queries),
-                count,
-                faiss.swig_ptr(scores),
-                faiss.swig_ptr(positions),
-                parameters,
-            )
-        if kinds.is_lossy(self.kind):
+            if desk is not None:
+                desk.search(self._index, queries, parameters)
+            else:
+                scores, positions = self._index.search(queries, count, params=parameters)
+        if desk is not None:
+            return desk.rescored(vectors) if self._lossy else desk.candidates()
+        if self._lossy:
             return rescored(queries, vectors, positions, k)
         return marked(scores, positions)
 

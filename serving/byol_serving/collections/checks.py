@@ -1,6 +1,7 @@
 """What may enter a collection: ids, vectors, metadata, names."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import cast, get_args
@@ -107,10 +108,14 @@ def unit_vectors(vectors: Vectors, dim: int) -> Vectors:
         )
     # Norms in float64: the square of a large finite float32 overflows.
     wide = given.astype(np.float64)
+    if len(wide) == 1:  # a lone query: the same as below without NumPy's fixed costs
+        norm = math.sqrt(wide[0].dot(wide[0]))
+        if 0 < norm < math.inf:
+            unit = np.empty(wide.shape, np.float32)
+            return np.divide(wide, norm, out=unit, casting="same_kind")
     norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
-    # Judged as plain numbers: of a lone query, one operation of NumPy's costs as much as all this.
-    if not all(0 < norm < np.inf for norm in norms.tolist()):
-        good = (norms > 0) & (norms < np.inf)
+    good = (norms > 0) & (norms < np.inf)
+    if not good.all():
         row = int(np.argmin(good))
         fault = "zero" if norms[row] == 0 else "not finite"
         raise InvalidVector(

@@ -195,7 +195,7 @@ class Database:
                     f"{self.path} has schema version {version}, this program knows "
                     f"{len(MIGRATIONS)}: upgrade it"
                 )
-            if version == 0:
+            if version <= 0:  # SQLite's is signed
                 raise StoreCorrupt(f"{self.path} is not a collection: restore it from a backup")
             if version < len(MIGRATIONS) and self.read_only:
                 raise StoreError(f"{self.path} needs an upgrade: open it for writing once")

@@ -1,5 +1,6 @@
 """A definite order among equal scores, so that a longer answer begins with the shorter one."""
 
+import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -20,13 +21,21 @@ def ranked(search: Callable[[int], Found], k: int, most: int) -> Found:
     """
     asked = min(k + 1, most)
     scores, positions = search(asked)
-    if (scores[:, 1:] < scores[:, :-1]).all():  # no two are equal: the order is definite
+    if _definite(scores):
         return scores[:, :k], positions[:, :k]
     while asked < most and _tied(scores, positions, k):
         asked = min(2 * asked, most)
         scores, positions = search(asked)
     order = np.lexsort((positions, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(positions, order, axis=1)
+
+
+def _definite(scores: np.ndarray) -> bool:
+    """Whether no two scores of a query are equal."""
+    if len(scores) == 1:  # as plain numbers it takes less than NumPy's fixed costs
+        one = scores[0].tolist()
+        return all(map(operator.gt, one, one[1:]))
+    return bool((scores[:, 1:] < scores[:, :-1]).all())
 
 
 def _tied(scores: np.ndarray, positions: np.ndarray, k: int) -> bool:

@@ -242,6 +242,14 @@ def test_a_newer_schema_is_refused(path: Path) -> None:
         store.get("c")
 
 
+@pytest.mark.parametrize("version", [0, -1, -(2**31)])
+def test_a_version_that_never_was_is_damage(path: Path, version: int) -> None:
+    with closing(sqlite3.connect(_data(path), isolation_level=None)) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+    with Store(path) as store, pytest.raises(StoreCorrupt, match="is not a collection"):
+        store.get("c")
+
+
 @pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
 def test_older_schemas_are_brought_up_to_date(tmp_path: Path, version: int) -> None:
     path = tmp_path / "store"
