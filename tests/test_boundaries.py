@@ -19,10 +19,9 @@ OWNERS = {
         "byol_serving.rpc.*",
         "byol_serving.server*",
         "byol_serving.client*",
-        "byol_serving.indexing.remote",
         "byol_serving.pb.*",
     ),
-    "faiss": ("byol_serving.collections.*", "byol_serving.indexing.*", "byol_cli.doctor"),
+    "faiss": ("byol_serving.collections.faiss_library", "byol_cli.doctor"),
     "pymilvus": ("byol_serving.collections.milvus*",),
     # quantize: ONNX Runtime's own quantiser is the only maintained one for its graphs.
     "onnxruntime": ("byol_serving.encoder", "byol_training.quantize", "byol_cli.doctor"),
