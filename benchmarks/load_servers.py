@@ -27,7 +27,10 @@ _TICK = os.sysconf("SC_CLK_TCK")
 _START_S = 90.0
 _PATIENCE_S = 90.0
 """For what a window takes beyond its seconds; a lost call ends after load_client.CALL_S."""
+_ANSWER_BYTES = 4 * DIM
+"""At least, in each answer."""
 _EDGE = "edge-of-a-part"
+_OURS = {"protocol": "grpc", "method": "/byol.v1.Embedder/Embed"}
 _PEERS: dict[str, dict[str, str]] = {
     "litserve": {
         "protocol": "http",
@@ -36,7 +39,7 @@ _PEERS: dict[str, dict[str, str]] = {
     },
     "pytriton": {"protocol": "grpc", "method": "/inference.GRPCInferenceService/ModelInfer"},
 }
-"""How each is asked."""
+"""How each server is asked."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Server:
                 text=True,
             )
             stack.callback(self._clients.kill)
-            self._ask({**facts, "bodies": str(bodies), "answer_bytes": 4 * DIM})
+            self._ask({**facts, "bodies": str(bodies), "answer_bytes": _ANSWER_BYTES})
             self._wait_until_it_answers()
             self._stack = stack.pop_all()
 
@@ -210,23 +213,33 @@ class Server:
 
 def ours(load: Load, scratch: Path, processes: int = 1) -> Server:
     """`byol serve`."""
-    bodies = scratch / f"{load.name}-ours-{processes}"
-    bodies.mkdir()
+    return our_server(
+        load.bundle, _embed_bodies(load, scratch / f"{load.name}-ours-{processes}"), processes
+    )
+
+
+def bare(load: Load, scratch: Path) -> Server:
+    """GRPC that receives the same requests and does nothing with them."""
+    port = free_port()
+    command = [sys.executable, str(HERE / "bare_server.py"), str(port), str(_ANSWER_BYTES)]
+    facts = _OURS | {"address": f"127.0.0.1:{port}"}
+    return Server("bare", command, facts, _embed_bodies(load, scratch / f"{load.name}-bare"))
+
+
+def _embed_bodies(load: Load, folder: Path) -> Path:
+    """A new folder of serialised EmbedRequests, one for each image."""
+    folder.mkdir()
     for path in load.images.iterdir():
         request = pb.EmbedRequest(images=[path.read_bytes()])
-        (bodies / path.name).write_bytes(request.SerializeToString())
-    return our_server(load.bundle, bodies, processes)
+        (folder / path.name).write_bytes(request.SerializeToString())
+    return folder
 
 
 def our_server(bundle: Bundle, bodies: Path, processes: int = 1) -> Server:
     """`byol serve` with clients that send serialised EmbedRequests, the files in `bodies`."""
     port = free_port()
     command = [sys.executable, "-m", "byol_cli.main", "serve", "--json", "--port", str(port)]
-    facts = {
-        "protocol": "grpc",
-        "method": "/byol.v1.Embedder/Embed",
-        "address": f"127.0.0.1:{port}",
-    }
+    facts = _OURS | {"address": f"127.0.0.1:{port}"}
     command += ["--bundle", str(bundle.path), "--processes", str(processes)]
     return Server("ours", command, facts, bodies)
 

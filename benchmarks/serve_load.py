@@ -2,8 +2,9 @@
 
 Three loads: VGA photographs with ResNet-18 at 224; the same with a tiny encoder; JPEGs of 32 pixels
 with a tiny encoder, where the server and not the model is measured. `raw` decodes and runs ONNX
-Runtime in one process with as many threads and batches as our server, and no server. On the last
-load several processes of ours are held against one that serves as many connections. All servers are
+Runtime in one process with as many threads and batches as our server, and no server; `bare gRPC`
+receives the same requests and does nothing. Together they give the ceiling of a server whose clients
+share its cores, as here. On the last load several processes of ours are held against one that serves as many connections. All servers are
 alive together and are measured in rotating windows; peers decode with our decoder.
 """
 
@@ -33,7 +34,7 @@ from load_material import (
     untrained_resnet,
     write_images,
 )
-from load_servers import Server, Window, ours, peer
+from load_servers import Server, Window, bare, ours, peer
 
 from byol_serving.batch_curve import BatchCurve
 from byol_serving.bundle import Bundle, cosine_distance
@@ -45,6 +46,7 @@ from harness import Options, Rate, interleaved, options, report
 CLIENTS = (1, 8, 32, 128)
 PEERS = ("litserve", "pytriton")
 PEER_CLIENTS = 32
+BARE = f"bare gRPC, {PEER_CLIENTS} clients"
 PROCESSES = max(2, available_cpus() // 4)
 CONNECTIONS = 32
 """Which the system spreads over the processes; one client each."""
@@ -126,6 +128,8 @@ def measure(
     with ExitStack() as stack:
         servers: dict[str, Server] = {"ours": ours(load, scratch)}
         stack.callback(servers["ours"].stop)
+        servers["bare"] = bare(load, scratch)
+        stack.callback(servers["bare"].stop)
         if load.name == "tiny":
             servers["processes"] = ours(load, scratch, PROCESSES)
             stack.callback(servers["processes"].stop)
@@ -136,6 +140,7 @@ def measure(
         slow, quick = load.name == "resnet18", seconds < 1
         most = (8 if slow else 32) if quick else max(CLIENTS)
         plan = [(f"ours, {n} clients", "ours", n, 1) for n in CLIENTS if n <= most]
+        plan += [(BARE, "bare", PEER_CLIENTS, 1)]
         plan += [(f"{name}, {PEER_CLIENTS} clients", name, PEER_CLIENTS, 1) for name in peers]
         if "processes" in servers:
             plan += [(ONE, "ours", CONNECTIONS, CONNECTIONS)]
@@ -208,6 +213,7 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     busy = max(ours_all, key=lambda name: found.ratio(name, "raw"))
     names = {"resnet18": "saturated_vs_raw", "vga_tiny": "vga_tiny_vs_raw", "tiny": "tiny_vs_raw"}
     ratios = {names[load]: found.ratio(busy, "raw")}
+    ratios[f"{load}_vs_ceiling"] = found.ratio(busy, "raw") / ceiling_vs_raw(found)
     for name in peers:
         theirs = f"{name}, {PEER_CLIENTS} clients"
         ratios[f"{load}_vs_{name}"] = found.ratio(f"ours, {PEER_CLIENTS} clients", theirs)
@@ -221,6 +227,14 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     key = "idle_overhead_ms" if load == "vga_tiny" else f"{load}_idle_overhead_ms"
     ratios[key] = alone - found.raw_single_ms
     return ratios
+
+
+def ceiling_vs_raw(found: Measured) -> float:
+    """Of the raw loop, what is left for a server whose calls cost no more than gRPC's own.
+
+    Both saturate the cores, which the clients share: an image takes 1 / raw + 1 / bare seconds.
+    """
+    return 1 / (1 + found.ratio("raw", BARE))
 
 
 def unevenness(windows: list[Window]) -> float:

@@ -1,0 +1,42 @@
+"""What gRPC alone costs: a grpc.aio server that answers each request at once with a constant.
+
+benchmarks/serve_load.py starts it with a port and the size of an answer. With the raw loop it gives
+the ceiling of a Python gRPC server on a machine whose clients share its cores: an image costs at
+least what each of the two costs.
+"""
+
+import asyncio
+import sys
+
+import grpc
+import uvloop
+
+
+class _Constant(grpc.GenericRpcHandler):
+    """Any method: bytes in, the same bytes out each time."""
+
+    def __init__(self, answer: bytes) -> None:
+        async def handle(request: bytes, context: object) -> bytes:
+            return answer
+
+        self._handler = grpc.unary_unary_rpc_method_handler(handle)
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        return self._handler
+
+
+async def main() -> None:
+    """Serves until it is killed."""
+    port, size = map(int, sys.argv[1:])
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers([_Constant(bytes(size))])
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
