@@ -19,7 +19,9 @@ class _Constant(grpc.GenericRpcHandler):
         async def handle(request: bytes, context: object) -> bytes:
             return answer
 
-        self._handler = grpc.unary_unary_rpc_method_handler(handle)
+        self._handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(
+            handle
+        )
 
     def service(
         self, handler_call_details: grpc.HandlerCallDetails

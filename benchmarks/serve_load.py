@@ -3,9 +3,10 @@
 Three loads: VGA photographs with ResNet-18 at 224; the same with a tiny encoder; JPEGs of 32 pixels
 with a tiny encoder, where the server and not the model is measured. `raw` decodes and runs ONNX
 Runtime in one process with as many threads and batches as our server, and no server; `bare gRPC`
-receives the same requests and does nothing. Together they give the ceiling of a server whose clients
-share its cores, as here. On the last load several processes of ours are held against one that serves as many connections. All servers are
-alive together and are measured in rotating windows; peers decode with our decoder.
+receives the same requests and does nothing. Together they give the ceiling of a server whose
+clients share its cores, as here. On the last load several processes of ours are held against one
+that serves as many connections. All servers are alive together and are measured in rotating
+windows; peers decode with our decoder.
 """
 
 import itertools
