@@ -34,6 +34,7 @@ def open_source(
     text = str(place)
     if "://" in text:
         return _open_url(text, image_column=image_column, id_column=id_column)
+    # Path.glob takes no absolute pattern.
     files = [Path(each) for each in sorted(glob.glob(text))] if glob.has_magic(text) else []  # noqa: PTH207
     path = Path(text)
     if path.is_dir():

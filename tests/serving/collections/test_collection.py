@@ -149,7 +149,7 @@ def test_bad_metadata(
     filled: tuple[LocalCollection, Model], metadata: dict[str, object], message: str
 ) -> None:
     collection, model = filled
-    pair = [{}, metadata]
+    pair = [{}, metadata]  # not JSON, as a caller without types could send it
     with pytest.raises(InvalidRequest, match=message):
         collection.upsert(["i1", "new"], VECTORS[:2], pair)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=message):

@@ -40,5 +40,6 @@ def test_ids_are_strings_unless_said_otherwise(store: Store) -> None:
     assert made.info.id_type == "string"
     made.upsert(["07", "7"], VECTORS[:2])
     assert made.info.count == 2
+    # What a caller without types could send.
     with pytest.raises(InvalidRequest, match="id type 'uuid' is unknown: use string or int64"):
         store.create(next(NAMES), dim=DIM, encoder_id="e", id_type="uuid")  # type: ignore[arg-type]

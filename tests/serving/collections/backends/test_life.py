@@ -51,7 +51,7 @@ def test_collections_come_and_go(store: Store) -> None:
     [("", DIM, "flat"), ("../x", DIM, "flat"), ("ok", 0, "flat"), ("ok", DIM, "tree")],
 )
 def test_collections_that_cannot_be(store: Store, name: str, dim: int, index: str) -> None:
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest):  # what a caller without types could send
         store.create(name, dim=dim, encoder_id="e", index=index)  # type: ignore[arg-type]
 
 

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -25,11 +25,15 @@ _IDS = 150
 _LARGEST = 60
 
 
+Kind = Literal["upsert", "delete", "delete where", "set metadata"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
 @dataclass(frozen=True)
 class Operation:
     """One change. Deleting by filter and setting metadata use `mark`, upserts write it."""
 
-    kind: Literal["upsert", "delete", "delete where", "set metadata"]
+    kind: Kind
     writer: str
     ids: list[str]
     number: int
@@ -76,9 +80,8 @@ class Operation:
 def operation(writer: str, number: int) -> Operation:
     """The writer's `number`th change."""
     generator = np.random.default_rng([ord(writer), number])
-    kinds = ("upsert", "delete", "delete where", "set metadata")
-    kind = kinds[generator.choice(4, p=[0.6, 0.15, 0.1, 0.15])]
+    kind = KINDS[generator.choice(4, p=[0.6, 0.15, 0.1, 0.15])]
     count = int(generator.integers(1, _LARGEST if kind == "upsert" else 6))
     chosen = generator.choice(_IDS, count, replace=False)
     ids = [f"{writer}{each}" for each in chosen]
-    return Operation(kind, writer, ids, number, int(generator.integers(0, 8)))  # type: ignore[arg-type]
+    return Operation(kind, writer, ids, number, int(generator.integers(0, 8)))
