@@ -5,6 +5,9 @@ While every worker is busy, requests queue; a worker that becomes free takes wha
 there is no delay to tune. The server uses this twice, once for decoding and once for inference, or
 once for both where the encoder takes less time than another thread takes to wake up.
 
+A worker takes its next batch itself, in its own thread: a round through the event loop between two
+batches left it idle for a tenth of the time. Only idle workers are given theirs by the loop.
+
 What bounds the queue is a `byol_serving.budget.Budget`.
 """
 
@@ -18,7 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
@@ -58,10 +60,23 @@ class _Job(Generic[Item, Results]):
 _Slice = tuple[_Job[Item, Results], int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Done(Generic[Results]):
+    """A batch that a worker has run."""
+
+    results: Results | BaseException
+    times: Sequence[float]
+    """When it began, and when each step ended."""
+    counts: Sequence[int]
+    """Items that each step had."""
+    cpu_s: float
+
+
 class Batcher(Generic[Item, Results]):
     """Groups items of concurrent requests into batches for a few worker threads.
 
-    Belongs to the event loop it is used on; only `run` is called from threads.
+    Belongs to the event loop it is used on; only `run` is called from threads. What the workers
+    share with the loop is the queue and what its pace is known by, under one lock.
     """
 
     def __init__(
@@ -108,7 +123,8 @@ class Batcher(Generic[Item, Results]):
         self._closed = False
         self._workers = workers
         self._threads: list[threading.Thread] = []
-        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[list[_Slice[Item, Results]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self.seconds_per_item = 0.0
         """Moving average of the wall time that one item takes."""
         self._cpu_per_item = math.inf
@@ -139,8 +155,9 @@ class Batcher(Generic[Item, Results]):
             raise Unavailable("the server is draining; ask another, or again later")
         loop = asyncio.get_running_loop()
         job: _Job[Item, Results] = _Job(items, deadline, loop.create_future())
-        self._queue.append(job)
-        self._queued += len(items)
+        with self._lock:
+            self._queue.append(job)
+            self._queued += len(items)
         if self._free and not self._pump_scheduled:
             # Not now but at the end of this turn of the loop: requests that arrived together then
             # leave together, and nothing waits longer than the loop would have taken anyway.
@@ -155,12 +172,14 @@ class Batcher(Generic[Item, Results]):
 
     async def close(self) -> None:
         """Fails what is queued, waits for the batches in the workers, and ends the threads."""
-        self._closed = True
-        for job in self._queue:
+        with self._lock:
+            self._closed = True
+            waiting = list(self._queue)
+            self._queue.clear()
+            self._queued = 0
+        for job in waiting:
             if not job.future.done():
                 job.future.set_exception(Unavailable("the server stopped before this was done"))
-        self._queue.clear()
-        self._queued = 0
         if self._timer is not None:
             self._timer.cancel()
         for _ in self._threads:
@@ -169,72 +188,72 @@ class Batcher(Generic[Item, Results]):
             await asyncio.to_thread(thread.join)
 
     def _pump(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Gives idle workers what is queued."""
         self._pump_scheduled = False
-        one = self._cpu_per_item < self._one_below_s
-        while self._free and not self._closed:
-            if one and self._free < self._workers and self._one_is_due(loop):
-                return
-            size = self._at_a_turn()
-            if self._share and not one:
-                size = min(size, -(-self._queued // self._free))
-            slices = self._take(size)
+        while not self._closed:
+            with self._lock:
+                slices, late = self._take(self._free)
+                self._free -= bool(slices)
+                one_is_busy = not slices and bool(self._queue) and self._free > 0
+            _fail(late)
+            if one_is_busy and self._timer is None:
+                self._timer = loop.call_later(_PATIENCE_S, self._look_again, loop)
             if not slices:
                 return
-            self._free -= 1
-            self._left = time.perf_counter()
             if len(self._threads) < self._workers:
-                self._add_thread()
-            self._todo.put(partial(self._work, loop, slices))
-
-    def _at_a_turn(self) -> int:
-        """Items that a batch may have, by their number and by the time that they take."""
-        if math.inf in (self._turn_s, self._cpu_per_item):
-            return self._max_batch
-        return max(1, min(self._max_batch, int(self._turn_s / max(self._cpu_per_item, 1e-6))))
-
-    def _one_is_due(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Whether the worker that has the small items can be expected back soon.
-
-        It may have met a large one; then the others are not to wait behind it.
-        """
-        if time.perf_counter() - self._left > _PATIENCE_S:
-            return False
-        if self._timer is None:
-            self._timer = loop.call_later(_PATIENCE_S, self._look_again, loop)
-        return True
+                self._add_thread(loop)
+            self._todo.put(slices)
 
     def _look_again(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         self._pump(loop)
 
-    def _add_thread(self) -> None:
+    def _add_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         # Not an executor: its futures and locks cost as much as decoding a thumbnail does.
         name = f"{self._name}_{len(self._threads)}"
-        thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        thread = threading.Thread(target=self._serve, args=(loop,), name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _serve(self) -> None:
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         """A worker thread's life."""
-        while (work := self._todo.get()) is not None:
-            work()
-            del work  # or it would hold the batch's images until the next one comes
+        while (slices := self._todo.get()) is not None:
+            while slices:
+                done = self._work(slices)
+                with self._lock:
+                    self._learn(done)
+                    more, late = self._take(self._free + 1)
+                    self._free += not more
+                try:
+                    loop.call_soon_threadsafe(self._deliver, loop, slices, done, late)
+                except RuntimeError:  # the loop is closed: nobody waits for the answer
+                    log.debug("a batch finished after its event loop closed")
+                slices = more
+                del done, late, more  # or they would hold the images until the next batch is done
 
-    def _take(self, size: int) -> list[_Slice[Item, Results]]:
-        """Up to `size` queued items, leaving out the requests that nobody waits for any more.
+    def _take(self, free: int) -> tuple[list[_Slice[Item, Results]], list[_Job[Item, Results]]]:
+        """The next batch, and the requests in front of it whose deadline has passed.
 
-        A batch ends before the earliest deadline in it, as far as the present pace tells: it stays
-        smaller for a request that is short of time. (One that will be late even alone does not
-        shrink it: that would help nobody.)
+        Requests that nobody waits for any more are left out. A batch ends before the earliest
+        deadline in it, as far as the present pace tells: it stays smaller for a request that is
+        short of time. (One that will be late even alone does not shrink it: that would help
+        nobody.)
+
+        Args:
+            free: workers that the queue is to be divided among, with the one that this is for.
         """
         slices: list[_Slice[Item, Results]] = []
-        taken = 0
-        now = time.monotonic()
+        late: list[_Job[Item, Results]] = []
+        size, taken, now = self._size(free), 0, time.monotonic()
         while self._queue and size > taken:
             job = self._queue.popleft()
             left = len(job.items) - job.sent
-            if not _wanted(job, now):
+            if job.future.done():  # cancelled, or another part of it failed
                 self._queued -= left
+                continue
+            if job.deadline is not None and job.deadline <= now:
+                self._queued -= left
+                late.append(job)
                 continue
             in_time = self._in_time(job, now)
             if in_time <= taken:
@@ -250,7 +269,23 @@ class Batcher(Generic[Item, Results]):
             if count < left:
                 # To the end of the line: a huge request must not keep small ones waiting.
                 self._queue.append(job)
-        return slices
+        if slices:
+            self._left = time.perf_counter()
+        return slices, late
+
+    def _size(self, free: int) -> int:
+        """Items that the next batch may have; 0: none yet."""
+        if not free:
+            return 0
+        size = self._max_batch
+        if math.inf not in (self._turn_s, self._cpu_per_item):
+            size = max(1, min(size, int(self._turn_s / max(self._cpu_per_item, 1e-6))))
+        if self._cpu_per_item < self._one_below_s:
+            # The worker that has the small items can be expected back soon; but it may have met a
+            # large one, and then the others are not to wait behind it.
+            busy = free < self._workers
+            return 0 if busy and time.perf_counter() - self._left < _PATIENCE_S else size
+        return min(size, -(-self._queued // free)) if self._share else size
 
     def _in_time(self, job: _Job[Item, Results], now: float) -> int:
         """Size up to which a batch with this job in it ends before the job's deadline."""
@@ -258,8 +293,8 @@ class Batcher(Generic[Item, Results]):
             return sys.maxsize
         return int((job.deadline - now) / self.seconds_per_item) or sys.maxsize
 
-    def _work(self, loop: asyncio.AbstractEventLoop, slices: list[_Slice[Item, Results]]) -> None:
-        """Runs in a worker thread."""
+    def _work(self, slices: list[_Slice[Item, Results]]) -> _Done[Results]:
+        """Runs a batch, in a worker thread."""
         times, used = [time.perf_counter()], -time.thread_time()
         results: Any = [item for job, start, end in slices for item in job.items[start:end]]
         counts: list[int] = []
@@ -273,58 +308,54 @@ class Batcher(Generic[Item, Results]):
         except BaseException as error:
             results = error
             times.append(time.perf_counter())
-        used += time.thread_time()
-        try:
-            loop.call_soon_threadsafe(self._deliver, loop, slices, results, times, counts, used)
-        except RuntimeError:  # the loop is closed: nobody waits for the answer
-            log.debug("a batch finished after its event loop closed")
+        return _Done(results, times, counts, used + time.thread_time())
+
+    def _learn(self, done: _Done[Results]) -> None:
+        """The pace, from a batch."""
+        items = done.counts[0]
+        pace, cpu = (done.times[-1] - done.times[0]) / items, done.cpu_s / items
+        self.seconds_per_item += (pace - self.seconds_per_item) * 0.2
+        before = cpu if math.isinf(self._cpu_per_item) else self._cpu_per_item
+        self._cpu_per_item = before + (cpu - before) * 0.2
 
     def _deliver(
         self,
         loop: asyncio.AbstractEventLoop,
         slices: list[_Slice[Item, Results]],
-        results: Results | BaseException,
-        times: list[float],
-        counts: list[int],
-        used: float,
+        done: _Done[Results],
+        late: list[_Job[Item, Results]],
     ) -> None:
-        self._free += 1
-        pace = (times[-1] - times[0]) / counts[0]
-        self.seconds_per_item += (pace - self.seconds_per_item) * 0.2
-        cpu = used / counts[0]
-        before = cpu if math.isinf(self._cpu_per_item) else self._cpu_per_item
-        self._cpu_per_item = before + (cpu - before) * 0.2
-        self._pump(loop)  # first, so that the worker is busy again while answers are handed out
+        """Hands the answers of a batch out, on the event loop."""
+        if self._free:
+            self._pump(loop)  # first, so that the worker is busy again meanwhile
+        _fail(late)
         offset = 0
         for job, start, end in slices:
             count = end - start
             if not job.future.done():
-                if isinstance(results, BaseException):
-                    job.future.set_exception(results)
+                if isinstance(done.results, BaseException):
+                    job.future.set_exception(done.results)
                 else:
-                    job.parts[start] = cast(Results, results[offset : offset + count])
+                    job.parts[start] = cast(Results, done.results[offset : offset + count])
                     job.done += count
                     if job.done == len(job.items):
-                        job.ended = times[1:]
+                        job.ended = done.times[1:]
                         job.future.set_result([job.parts[at] for at in sorted(job.parts)])
             offset += count
         if self._watch is not None:
             waits = [job.began - job.queued for job, start, _ in slices if start == 0]
             for name, items, (began, ended) in zip(
-                self._steps, counts, pairwise(times), strict=False
+                self._steps, done.counts, pairwise(done.times), strict=False
             ):
                 if items:
                     self._watch(name, BatchRun(items, ended - began, waits))
                 waits = [0.0] * len(waits)  # a later step begins where the one before ends
 
 
-def _wanted(job: _Job[Item, Results], now: float) -> bool:
-    """Whether anybody waits for this; tells the waiter if its deadline is why not."""
-    if job.future.done():  # cancelled, or another part of it failed
-        return False
-    if job.deadline is not None and job.deadline <= now:
-        job.future.set_exception(
-            DeadlinePassed("the deadline passed in the queue; allow more time or send less")
-        )
-        return False
-    return True
+def _fail(late: Sequence[_Job[Item, Results]]) -> None:
+    """Tells those who still wait that their deadline has passed."""
+    for job in late:
+        if not job.future.done():
+            job.future.set_exception(
+                DeadlinePassed("the deadline passed in the queue; allow more time or send less")
+            )

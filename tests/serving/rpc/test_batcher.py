@@ -93,6 +93,7 @@ async def test_a_large_request_is_split_and_lets_small_ones_through(
     large = asyncio.ensure_future(batcher.submit(list(range(20))))
     await busy(gate)
     small = asyncio.ensure_future(batcher.submit([100]))
+    await asyncio.sleep(0)  # it is queued now
     gate.permits.release(3)
     assert await small == [[200]]
     assert not large.done()
