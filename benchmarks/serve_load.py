@@ -4,9 +4,10 @@ Three loads: VGA photographs with ResNet-18 at 224; the same with a tiny encoder
 with a tiny encoder, where the server and not the model is measured. `raw` decodes and runs ONNX
 Runtime in one process with as many threads and batches as our server, and no server; `bare gRPC`
 receives the same requests and does nothing. Together they give the ceiling of a server whose
-clients share its cores, as here. On the last load several processes of ours are held against one
-that serves as many connections. All servers are alive together and are measured in rotating
-windows; peers decode with our decoder.
+clients share its cores, as here. `raw_in_flight` is how evenly the machine itself answers: plain
+threads with eight images in flight, and neither server nor clients. With the tiny encoders several
+processes of ours are held against one that serves as many connections. All servers are alive
+together and are measured in rotating windows; peers decode with our decoder.
 """
 
 import itertools
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ from byol_serving.images import Pixels, load_input
 from harness import Options, Rate, interleaved, options, report
 
 CLIENTS = (1, 8, 32, 128)
+EVEN = 8
+"""Clients whose latencies are to be even."""
 PEERS = ("litserve", "pytriton")
 PEER_CLIENTS = 32
 BARE = f"bare gRPC, {PEER_CLIENTS} clients"
@@ -65,6 +68,8 @@ class Measured:
     windows: dict[str, list[Window]]
     memory_mb: dict[str, float]
     raw_single_ms: float
+    raw_shares: list[float]
+    """Latencies of `raw_in_flight` over their medians."""
 
     def ratio(self, name: str, other: str) -> float:
         """The median over the rounds, each compared within itself."""
@@ -131,7 +136,7 @@ def measure(
         stack.callback(servers["ours"].stop)
         servers["bare"] = bare(load, scratch)
         stack.callback(servers["bare"].stop)
-        if load.name == "tiny":
+        if load.name != "resnet18":  # which the encoder bounds, in any number of processes
             servers["processes"] = ours(load, scratch, PROCESSES)
             stack.callback(servers["processes"].stop)
         for name in peers:
@@ -147,18 +152,21 @@ def measure(
             plan += [(ONE, "ours", CONNECTIONS, CONNECTIONS)]
             plan += [(SEVERAL, "processes", CONNECTIONS, CONNECTIONS)]
         single = raw_single_ms(files, load.bundle, encoder, seconds)
+        shares: list[float] = []
         for number in range(rounds + 1):
             lasts = seconds if number else min(seconds, 1.0)
             raw = raw_loop(files, encoder, curve, load.bundle, lasts)
+            latencies = raw_in_flight(files, encoder, load.bundle, lasts)
             if number:
                 rates.setdefault("raw", []).append(raw)
+                shares += latency_shares(latencies)
             for label, name, clients, connections in plan:
                 window = servers[name].window(clients, lasts, connections)
                 if number:
                     rates.setdefault(label, []).append(window.images_per_s)
                     windows.setdefault(label, []).append(window)
         memory = {name: server.memory_mb() for name, server in servers.items()}
-    return Measured(rates, windows, memory, single)
+    return Measured(rates, windows, memory, single, shares)
 
 
 def raw_loop(
@@ -195,6 +203,32 @@ def raw_loop(
     return (len(within) - 1) * batch / max(within[-1] - within[0], 1e-9)
 
 
+def raw_in_flight(
+    files: list[bytes], encoder: Encoder, bundle: Bundle, seconds: float
+) -> list[float]:
+    """Seconds that images took, EVEN of which are queued or being worked on at any time."""
+    waiting: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+    source, took = itertools.cycle(files), []
+    for data in itertools.islice(source, EVEN):
+        waiting.put((time.perf_counter(), data))
+    ends = time.perf_counter() + seconds
+
+    def work() -> None:
+        while time.perf_counter() < ends:
+            queued, data = waiting.get()
+            encoder.embed(load_input(data, bundle.info.preprocess)[None])
+            now = time.perf_counter()
+            took.append(now - queued)
+            waiting.put((now, next(source)))
+
+    threads = [threading.Thread(target=work) for _ in range(encoder.workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return took
+
+
 def raw_single_ms(files: list[bytes], bundle: Bundle, encoder: Encoder, seconds: float) -> float:
     """The median time of one image alone: decoded and embedded by a plain call."""
     times = []
@@ -219,8 +253,10 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
         theirs = f"{name}, {PEER_CLIENTS} clients"
         ratios[f"{load}_vs_{name}"] = found.ratio(f"ours, {PEER_CLIENTS} clients", theirs)
     if SEVERAL in found.rates:
-        ratios["processes_vs_one"] = found.ratio(SEVERAL, ONE)
-    ratios[f"p99_vs_p50_{load}"] = unevenness(found.windows["ours, 8 clients"])
+        ratios[f"{load}_processes_vs_one"] = found.ratio(SEVERAL, ONE)
+        ratios[f"{load}_processes_vs_raw"] = found.ratio(SEVERAL, "raw")
+    ratios[f"p99_vs_p50_{load}"] = unevenness(found.windows[f"ours, {EVEN} clients"])
+    ratios[f"p99_vs_p50_{load}_raw"] = percentile_99(found.raw_shares)
     for clients in CLIENTS[2:]:
         if crowded := found.windows.get(f"ours, {clients} clients"):
             ratios[f"p99_vs_p50_{load}_{clients}"] = unevenness(crowded)
@@ -243,8 +279,18 @@ def unevenness(windows: list[Window]) -> float:
 
     Each is divided by its own round's median first: a machine that drifts is not uneven answers.
     """
-    shares = sorted(each / w.p50_ms for w in windows for each in w.latencies_ms)
-    return shares[int(len(shares) * 0.99)] if shares else math.nan
+    return percentile_99([each for w in windows for each in latency_shares(w.latencies_ms)])
+
+
+def latency_shares(latencies: Sequence[float]) -> list[float]:
+    """Each over the median of them all."""
+    median = statistics.median(latencies) if latencies else math.nan
+    return [each / median for each in latencies]
+
+
+def percentile_99(values: list[float]) -> float:
+    """Which one in a hundred exceeds; no number where there are none."""
+    return sorted(values)[int(len(values) * 0.99)] if values else math.nan
 
 
 def print_windows(load: Load, found: Measured) -> None:

@@ -44,7 +44,7 @@ input is no larger either: they take 20 to 100 µs."""
 _AT_ONCE_BYTES = 32 * 2**10
 _AT_ONCE = 4
 """Images of one request; more would keep the event loop from its other work."""
-_GATHERED = 32
+_GATHERED = 64
 """Images that one batch on the event loop has at most."""
 
 
