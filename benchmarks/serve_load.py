@@ -7,7 +7,8 @@ receives the same requests and does nothing. Together they give the ceiling of a
 clients share its cores, as here. `raw_in_flight` is how evenly the machine itself answers: plain
 threads with eight images in flight, and neither server nor clients. With the tiny encoders several
 processes of ours are held against one that serves as many connections. All servers are alive
-together and are measured in rotating windows; peers decode with our decoder.
+together and are measured in rotating windows, while the others are stopped; peers decode with our
+decoder.
 """
 
 import itertools
@@ -125,7 +126,7 @@ def main() -> None:
 def measure(
     load: Load, scratch: Path, peers: tuple[str, ...], rounds: int, seconds: float
 ) -> Measured:
-    """Rotating windows, the first round not counted; all servers are alive throughout."""
+    """Rotating windows, the first round not counted; all servers are there throughout."""
     files = [path.read_bytes() for path in sorted(load.images.iterdir())]
     encoder = Encoder(load.bundle, device="cpu")
     curve = encoder.warm_up(64)
@@ -142,6 +143,8 @@ def measure(
         for name in peers:
             servers[name] = peer(name, load, scratch)
             stack.callback(servers[name].stop)
+        for server in servers.values():
+            server.sleep()
         # Many requests to a large encoder take seconds, which a quick run does not have.
         slow, quick = load.name == "resnet18", seconds < 1
         most = (8 if slow else 32) if quick else max(CLIENTS)
@@ -161,7 +164,8 @@ def measure(
                 rates.setdefault("raw", []).append(raw)
                 shares += latency_shares(latencies)
             for label, name, clients, connections in plan:
-                window = servers[name].window(clients, lasts, connections)
+                with servers[name].awake() as server:
+                    window = server.window(clients, lasts, connections)
                 if number:
                     rates.setdefault(label, []).append(window.images_per_s)
                     windows.setdefault(label, []).append(window)
