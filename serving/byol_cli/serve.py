@@ -97,6 +97,9 @@ def _read_file(context: click.Context, _: click.Parameter, path: Path | None) ->
     "--collection-workers", default=4, show_default=True, help="Threads that wait for the store."
 )
 @click.option(
+    "--search-workers", default=0, show_default=True, help="Threads that search; 0: by the CPUs."
+)
+@click.option(
     "--max-batch", default=0, show_default=True, help="Images in one inference; 0: by measurement."
 )
 @click.option(

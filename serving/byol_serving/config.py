@@ -73,6 +73,8 @@ class ServeConfig:
     """Threads that decode images; 0: one for each CPU, divided among the processes."""
     collection_workers: int = 4
     """Threads that wait for the store's disk and index."""
+    search_workers: int = 0
+    """Threads that search; 0: one for each CPU, or 16 where the store is on another server."""
     max_batch: int = 0
     """Images in one inference; a larger request is split. 0: what a measurement at the start says
     pays, 64 at most."""
@@ -113,6 +115,7 @@ class ServeConfig:
             ("inference_workers", 0, 64),
             ("decode_workers", 0, 1024),
             ("collection_workers", 1, 256),
+            ("search_workers", 0, 1024),
             ("max_batch", 0, 65536),
             ("max_queued_images", 1, 10**9),
             ("max_queued_bytes", 2**20, 2**50),

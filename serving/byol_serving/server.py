@@ -15,13 +15,14 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import grpc
 import uvloop
 
-from byol_serving.collections.opening import open_store
+from byol_serving.collections.opening import MILVUS, open_store
 from byol_serving.collections.types import Store
-from byol_serving.config import ServeConfig
+from byol_serving.config import ServeConfig, available_cpus
 from byol_serving.errors import ByolError
 from byol_serving.pb.byol.v1 import admin_pb2_grpc, byol_pb2_grpc
 from byol_serving.rpc.admin import AdminService
@@ -42,6 +43,9 @@ log = logging.getLogger("byol.server")
 _SWITCH_S = 0.001
 """How long a thread waits for Python's lock before it asks for it. Decoding gives the lock up for
 each image, and by default had to wait 5 ms behind a busy event loop."""
+
+_REMOTE_SEARCHES = 16
+"""Searches at a time in a store on another server: they wait, and take no core."""
 
 _LEAVING_S = 2.0
 """For answers to leave that gRPC has been given: a stop at once was seen to cut off their end."""
@@ -124,9 +128,7 @@ async def serving(config: ServeConfig) -> AsyncIterator[Running]:
             gpu_memory = config.index_gpu_memory
             store = await asyncio.to_thread(open_store, config.store, gpu_memory=gpu_memory)
             stack.push_async_callback(asyncio.to_thread, store.close)
-        blocking = BlockingCalls(config.collection_workers)
-        stack.push_async_callback(asyncio.to_thread, blocking.close)
-        running = await _start(parts, store, blocking, fronts, stack)
+        running = await _start(parts, store, fronts, stack)
         try:
             yield running
         finally:
@@ -198,13 +200,21 @@ async def _serve_until_signal(config: ServeConfig, on_ready: Callable[[str], Non
 async def _start(
     parts: Parts,
     store: Store | None,
-    blocking: BlockingCalls,
     fronts: Fronts | None,
     stack: AsyncExitStack,
 ) -> Running:
     config, models, watching = parts.config, parts.models, parts.watching
+    blocking = BlockingCalls(config.collection_workers)
+    searches = BlockingCalls(config.search_workers or _searches_at_a_time(config.store))
+    for pool in (blocking, searches):
+        stack.push_async_callback(asyncio.to_thread, pool.close)
     collections = CollectionsService(
-        store, models, blocking, stream_window=config.stream_window, backups=config.backups
+        store,
+        models,
+        blocking,
+        searches,
+        stream_window=config.stream_window,
+        backups=config.backups,
     )
     keeper: ModelKeeper | ModelsEverywhere = parts.keeper
     shared = None
@@ -230,3 +240,7 @@ async def _start(
     address = await start(server, parts)
     watching.listen(config)
     return Running(server, calls, parts, address, keeper, fronts)
+
+
+def _searches_at_a_time(store: Path | str | None) -> int:
+    return _REMOTE_SEARCHES if str(store).startswith(MILVUS) else available_cpus()

@@ -156,7 +156,8 @@ def parameters(kind: ApproximateKind, effort: int, selector: Any) -> Any:
 def _unmasked(graph: bool, effort: int) -> Any:
     """Made once, since a lone search in memory notices; no search changes them."""
     if graph:
-        return faiss.SearchParametersHNSW(efSearch=effort)
+        # The same walk with another heap, 1 to 3% quicker. It would disregard a selector.
+        return faiss.SearchParametersHNSW(efSearch=effort, bounded_queue=False)
     return faiss.SearchParametersIVF(nprobe=effort)
 
 

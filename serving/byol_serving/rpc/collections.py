@@ -50,17 +50,22 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         store: Store | None,
         models: Models,
         calls: BlockingCalls,
+        searches: BlockingCalls,
         *,
         stream_window: int,
         backups: Path | None = None,
     ) -> None:
         """Calls are FAILED_PRECONDITION without a store, those with images without a model.
 
+        Searches have threads of their own, so that they do not wait behind a backup: no more than
+        there are cores, since those in excess only take the cores from each other.
+
         `backups` is the folder of Backup and Restore, which are refused without one.
         """
         self._maybe_store = store
         self._models = models
         self._calls = calls
+        self._searches = searches
         self._window = stream_window
         self._maybe_backups = backups
 
@@ -227,9 +232,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         """Labels by the votes of neighbours."""
         rows = await self._embedded(request.collection, request.queries, context)
-        return await self._claimed_on(
-            request, lambda c: analysis.classes(c, request, rows), context
-        )
+        return await self._search_on(request, lambda c: analysis.classes(c, request, rows), context)
 
     async def VerifyPairs(
         self, request: pb.VerifyPairsRequest, context: Context
@@ -278,7 +281,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
     ) -> pb.SearchResponse:
         leaves = leaves_of(request.queries)
         rows = await self._embedded(request.collection, leaves, context, wait=wait)
-        return await self._claimed_on(request, lambda c: run_search(c, request, rows), context)
+        return await self._search_on(request, lambda c: run_search(c, request, rows), context)
 
     async def _prepare_upsert(
         self, request: pb.UpsertRequest, context: Context, *, wait: bool
@@ -312,7 +315,8 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         self, name: str, images: Sequence[bytes], context: Context, *, wait: bool
     ) -> Vectors:
         """Vectors of images by the encoder that the collection's other vectors came from."""
-        info = await self._on(name, lambda c: c.info, context)
+        store = self._store()
+        info = await self._searches.run(lambda: store.get(name).info, deadline=deadline_of(context))
         with self._models.making(info.encoder_id, info.name) as model:
             return await model.pipeline.embed_images(
                 images, deadline=deadline_of(context), wait=wait
@@ -337,12 +341,23 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         self, request: Claiming, call: Callable[[Collection], Out], context: Context
     ) -> Out:
         """The same for a request whose vectors have to come from the collection's encoder."""
+        return await self._run(self._checked(request, call), context)
 
-        def checked(collection: Collection) -> Out:
+    async def _search_on(
+        self, request: Claiming, call: Callable[[Collection], Out], context: Context
+    ) -> Out:
+        """The same in the threads of searches."""
+        return await self._searches.run(self._checked(request, call), deadline=deadline_of(context))
+
+    def _checked(self, request: Claiming, call: Callable[[Collection], Out]) -> Callable[[], Out]:
+        store = self._store()
+
+        def checked() -> Out:
+            collection = store.get(request.collection)
             _check_claim(collection, request)
             return call(collection)
 
-        return await self._on(request.collection, checked, context)
+        return checked
 
     async def _long_on(
         self, name: str, call: Callable[[Collection, Callable[[], bool]], Out], context: Context

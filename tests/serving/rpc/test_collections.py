@@ -1,6 +1,9 @@
 """The Collections service over real gRPC, with a real store."""
 
+import asyncio
+import sqlite3
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 import grpc
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 
 from byol_serving.client import AsyncClient, Client, ItemId, SearchOptions, UpsertCounts
+from byol_serving.collections.database import FILE
 from byol_serving.collections.filters import Equals, Range
 from byol_serving.config import ServeConfig
 from byol_serving.errors import (
@@ -242,6 +246,25 @@ async def test_the_asynchronous_client_does_the_same(address: str, name: str) ->
         await client.drop_collection(name)
         with pytest.raises(UnknownCollection):
             await client.collection(name)
+
+
+async def test_searches_do_not_wait_behind_the_threads_of_writers(tmp_path: Path) -> None:
+    async with (
+        serving(ServeConfig(store=tmp_path / "store", port=0, collection_workers=1)) as running,
+        AsyncClient(running.address) as client,
+    ):
+        await client.create_collection("x", dim=2, encoder_id="mine")
+        await client.upsert("x", ["a"], vectors=np.ones((1, 2), np.float32))
+        with closing(sqlite3.connect(tmp_path / "store" / "x" / FILE)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            write = client.upsert("x", ["b"], vectors=np.ones((1, 2), np.float32))
+            held = asyncio.ensure_future(write)
+            await asyncio.sleep(0.1)
+            hits = await client.search("x", vector=np.ones(2, np.float32), k=1)
+            assert [hit.id for hit in hits] == ["a"]
+            assert not held.done()
+            other.rollback()
+        assert (await held).inserted == 1
 
 
 async def test_a_server_may_lack_the_encoder_or_the_store(tmp_path: Path) -> None:
