@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-import os
+import random
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -278,7 +278,7 @@ def _request_id(given: str | bytes | None) -> str:
     """The caller's own id where it is printable and short, else a new one."""
     if isinstance(given, str) and _GOOD_ID.fullmatch(given):
         return given
-    return os.urandom(8).hex()
+    return f"{random.getrandbits(64):016x}"
 
 
 def deadline_of(context: _Context) -> float | None:
