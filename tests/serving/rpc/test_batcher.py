@@ -87,6 +87,18 @@ async def test_an_idle_batcher_does_not_wait_and_a_busy_one_fills_batches(
     assert batcher.queued == 0
 
 
+async def test_a_worker_takes_its_next_batch_while_the_event_loop_is_busy(
+    gate: Gate, batcher: Batcher[int, list[int]]
+) -> None:
+    first = asyncio.ensure_future(batcher.submit([0]))
+    await busy(gate)
+    second = asyncio.ensure_future(batcher.submit([1]))
+    await asyncio.sleep(0)
+    gate.permits.release(2)
+    assert gate.entered.acquire(timeout=5)  # and the loop does nothing until then
+    assert [await first, await second] == [[[0]], [[2]]]
+
+
 async def test_a_large_request_is_split_and_lets_small_ones_through(
     gate: Gate, batcher: Batcher[int, list[int]]
 ) -> None:
@@ -165,12 +177,12 @@ async def test_items_that_take_long_leave_in_small_batches() -> None:
 
     def work(items: list[int]) -> list[int]:
         batches.append(len(items))
-        ends = time.thread_time() + 0.004 * len(items)
+        ends = time.thread_time() + 0.01 * len(items)
         while time.thread_time() < ends:
             pass
         return items
 
-    batcher = Batcher[int, list[int]](work, max_batch=8, turn_s=0.01)
+    batcher = Batcher[int, list[int]](work, max_batch=8, turn_s=0.029)  # for 9.7 to 14.5 ms, two
     await batcher.submit([0])
     assert await batcher.submit(list(range(6))) == [[0, 1], [2, 3], [4, 5]]
     await batcher.close()
