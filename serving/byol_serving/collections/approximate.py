@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from byol_serving.collections import kinds
 from byol_serving.collections.desk import desk_for
@@ -18,6 +18,7 @@ from byol_serving.collections.exact import (
     nothing,
     rescored,
     share_cores,
+    threads_for,
 )
 from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.gpu import Copy, Gpu
@@ -25,6 +26,9 @@ from byol_serving.collections.huge_pages import prefer_huge_pages
 from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.tuning import RECALL_AT, Tuning, held_back, tuned
 from byol_serving.collections.types import Vectors
+
+if TYPE_CHECKING:
+    from byol_serving.collections.byte_graph import ByteGraph
 
 # Vectors added while searches wait, and queries searched while adding waits: each a few
 # milliseconds on one core. Their sum bounds how long a reader waits for a writer.
@@ -109,6 +113,7 @@ class Approximate:
         self.lock = ReadersWriter()
         self._index = index
         self._graph, self._lossy = kinds.is_graph(kind), kinds.is_lossy(kind)
+        self._walks = _byte_graph(index) if kind == "hnsw-sq8" else None
         self._lists = 0 if self._graph else kinds.lists_of(index)
         _place(kind, index)
 
@@ -280,6 +285,18 @@ class Approximate:
             effort = max(effort, count if k <= RECALL_AT + 1 else 2 * count)
         else:
             effort = min(effort, self._lists)
+        if self._walks is not None:
+            with self.lock.reading:
+                return self._walks.search(
+                    queries,
+                    k,
+                    vectors,
+                    covered,
+                    bits,
+                    effort=effort,
+                    candidates=count,
+                    threads=threads_for(len(queries)),
+                )
         desk = desk_for(queries, count, k)
         with self.lock.reading:
             if bits is not None:
@@ -298,6 +315,13 @@ class Approximate:
         if self._lossy:
             return rescored(queries, vectors, positions, k)
         return marked(scores, positions)
+
+
+def _byte_graph(index: Any) -> "ByteGraph":
+    # Imported here, since it is compiled then: 0.3 s, and 3 the first time on a machine.
+    from byol_serving.collections.byte_graph import ByteGraph
+
+    return ByteGraph(index)
 
 
 def _place(kind: ApproximateKind, index: Any) -> None:

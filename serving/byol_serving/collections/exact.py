@@ -24,7 +24,7 @@ Found: TypeAlias = tuple[Vectors, Positions]
 # instead of 303/s. It is a global that only says when BLAS pays; single queries go around it below.
 faiss.cvar.distance_compute_blas_threshold = 8
 
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _BLAS_FROM = 4
 """Queries from which BLAS beats a scan; below, the scan is up to twice as fast."""
 _THREADS_FROM = 32
@@ -53,14 +53,17 @@ class _Searching:
 SEARCHING = _Searching()
 
 
+def threads_for(queries: int) -> int:
+    """Threads for a search of so many queries; searches at the same time share the cores."""
+    return max(1, CORES // max(1, SEARCHING.count)) if queries >= _THREADS_FROM else 1
+
+
 def share_cores(queries: int) -> None:
     """Sets this thread's OpenMP threads for a search of so many queries.
 
-    Searches at the same time share the cores: with more threads than cores, each of OpenMP's
-    barriers waits for threads that do not run.
+    With more threads than cores, each of OpenMP's barriers waits for threads that do not run.
     """
-    wide = queries >= _THREADS_FROM
-    faiss.omp_set_num_threads(max(1, _CORES // max(1, SEARCHING.count)) if wide else 1)
+    faiss.omp_set_num_threads(threads_for(queries))
 
 
 def pack(mask: NDArray[np.bool_]) -> Bits:

@@ -17,7 +17,7 @@ VECTORS = clustered(2000, DIM)
 QUERIES = clustered(64, DIM, seed=7)
 
 
-@pytest.fixture(scope="module", params=["hnsw", "hnsw-sq8", "ivf", "ivf-pq"])
+@pytest.fixture(scope="module", params=["hnsw", "ivf-sq8", "ivf", "ivf-pq"])
 def index(request: pytest.FixtureRequest) -> Approximate:
     kind: ApproximateKind = request.param
     return Approximate.build(kind, VECTORS, lambda: False)

@@ -87,7 +87,7 @@ def test_candidates_are_ranked_by_true_scores(
 
 
 def test_searches_at_once_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "_CORES", 4)
+    monkeypatch.setattr(exact, "CORES", 4)
     threads = []
     for queries in (1, 64):
         share_cores(queries)
