@@ -112,6 +112,8 @@ class Approximate:
         self.tuning = tuning
         self.lock = ReadersWriter()
         self._index = index
+        self.size = int(index.ntotal)
+        """How many positions it covers, from 0."""
         self._graph, self._lossy = kinds.is_graph(kind), kinds.is_lossy(kind)
         self._walks = _byte_graph(index) if kind == "hnsw-sq8" else None
         self._lists = 0 if self._graph else kinds.lists_of(index)
@@ -146,10 +148,7 @@ class Approximate:
         def search(
             queries: Vectors, k: int, alive: Bits | None, effort: int, depth: float
         ) -> Positions:
-            with SEARCHING:
-                share_cores(len(queries))
-                found = built._search(queries, k, vectors[:held], held, alive, effort, depth)
-            return found[1]
+            return built._search(queries, k, vectors[:held], held, alive, effort, depth)[1]
 
         efforts, depths = kinds.efforts(kind, index), kinds.depths(kind)
         queries = vectors[held:]
@@ -157,6 +156,7 @@ class Approximate:
             search, vectors[:held], queries, target, efforts=efforts, depths=depths
         )
         index.add(queries)
+        built.size = len(vectors)
         return built
 
     @classmethod
@@ -171,11 +171,6 @@ class Approximate:
     def save(self, path: Path) -> None:
         """Writes the index; the caller holds `lock` for reading and syncs the file."""
         faiss.write_index(self._index, str(path))
-
-    @property
-    def size(self) -> int:
-        """How many positions it covers, from 0."""
-        return int(self._index.ntotal)
 
     @property
     def nbytes(self) -> int:
@@ -197,6 +192,7 @@ class Approximate:
             share_cores(1)
             with self.lock.writing():
                 self._index.add(vectors[start : start + step])
+                self.size = int(self._index.ntotal)
         _place(self.kind, self._index)
 
     def search(
@@ -224,17 +220,15 @@ class Approximate:
         depth = self.tuning.depth * math.sqrt(max(1.0, effort / self.tuning.effort))
         covered = min(self.size, len(vectors))
         bits = alive if alive is None or covered == len(vectors) else _first(alive, covered)
-        with SEARCHING:
-            share_cores(len(queries))
-            if len(queries) <= _SEARCH_AT_ONCE:
-                return self._search(queries, k, vectors, covered, bits, effort, depth), covered
-            found = nothing(len(queries), k)
-            for start in range(0, len(queries), _SEARCH_AT_ONCE):
-                some = slice(start, start + _SEARCH_AT_ONCE)
-                found[0][some], found[1][some] = self._search(
-                    queries[some], k, vectors, covered, bits, effort, depth
-                )
-            return found, covered
+        if len(queries) <= _SEARCH_AT_ONCE:
+            return self._search(queries, k, vectors, covered, bits, effort, depth), covered
+        found = nothing(len(queries), k)
+        for start in range(0, len(queries), _SEARCH_AT_ONCE):
+            some = slice(start, start + _SEARCH_AT_ONCE)
+            found[0][some], found[1][some] = self._search(
+                queries[some], k, vectors, covered, bits, effort, depth
+            )
+        return found, covered
 
     def copied(self, gpu: Gpu) -> Copy | None:
         """A copy on a GPU, of a kind that can be there; None where it does not fit."""
@@ -285,20 +279,28 @@ class Approximate:
             effort = max(effort, count if k <= RECALL_AT + 1 else 2 * count)
         else:
             effort = min(effort, self._lists)
-        if self._walks is not None:
-            with self.lock.reading:
-                return self._walks.search(
-                    queries,
-                    k,
-                    vectors,
-                    covered,
-                    bits,
-                    effort=effort,
-                    candidates=count,
-                    threads=threads_for(len(queries)),
-                )
-        desk = desk_for(queries, count, k)
+        if self._walks is None:
+            return self._ask_library(queries, k, vectors, covered, bits, effort, count)
         with self.lock.reading:
+            given = queries, k, vectors, self.size, covered, bits, effort, count
+            if len(queries) == 1:
+                return self._walks.search(*given, threads=1)
+            with SEARCHING:
+                return self._walks.search(*given, threads=threads_for(len(queries)))
+
+    def _ask_library(
+        self,
+        queries: Vectors,
+        k: int,
+        vectors: Vectors,
+        covered: int,
+        bits: Bits | None,
+        effort: int,
+        count: int,
+    ) -> Found:
+        desk = desk_for(queries, count, k)
+        with SEARCHING, self.lock.reading:
+            share_cores(len(queries))
             if bits is not None:
                 selector = faiss.IDSelectorBitmap(bits)
             elif self.size > covered:  # it grew meanwhile, beyond the caller's view

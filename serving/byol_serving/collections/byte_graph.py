@@ -4,14 +4,15 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from byol_serving.collections import graph_walk
-from byol_serving.collections.exact import CORES, Bits, Found, nothing, room
+from byol_serving.collections.exact import CORES, Bits, Found, Positions, nothing, room
 from byol_serving.collections.faiss_library import faiss
-from byol_serving.collections.graph_walk import Bytes, Links, Words
+from byol_serving.collections.graph_walk import Bytes, Words
 from byol_serving.collections.types import Vectors
 
 _AT_ONCE = 8
@@ -21,14 +22,11 @@ _EVERYTHING = np.empty(0, np.uint8)
 
 @dataclass(frozen=True)
 class _Arrays:
-    """FAISS's own memory, as of so many nodes: adding may move it. See graph_walk."""
+    """FAISS's own memory, as of so many nodes: adding may move it."""
 
     nodes: int
-    codes: Bytes
-    links: Links
-    offsets: Words
-    layers: Words
-    entry: int
+    walk: Callable[..., None]
+    """`graph_walk.search` in that memory."""
 
 
 class ByteGraph:
@@ -43,7 +41,7 @@ class ByteGraph:
         self._graph = faiss.downcast_index(index.index)
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         dim = int(index.d)
-        self._rotation = faiss.vector_to_array(rotation.A).reshape(dim, dim).T.copy()
+        self._rotation = faiss.vector_to_array(rotation.A).reshape(dim, dim)
         self._arrays: _Arrays | None = None
         self._seen: deque[Bytes] = deque()
         """What walks that are not under way have marked; each has one to itself."""
@@ -53,11 +51,12 @@ class ByteGraph:
         queries: Vectors,
         k: int,
         vectors: Vectors,
+        nodes: int,
         covered: int,
         bits: Bits | None,
-        *,
         effort: int,
         candidates: int,
+        *,
         threads: int,
     ) -> Found:
         """The k best of each query by their true scores, among the nodes whose bit is set.
@@ -66,54 +65,51 @@ class ByteGraph:
             queries: float32 [Q, D].
             k: how many, at least 1.
             vectors: float32 [N, D] by node.
+            nodes: that the graph has.
             covered: nodes from here on are not found.
             bits: bitmap over the others; None for all.
             effort: how wide the walks are, at least `candidates`.
             candidates: how many are ranked by their true scores, at least k.
             threads: that share the queries.
         """
-        arrays = self._current()
-        if not arrays.nodes:
+        arrays = self._current(nodes)
+        if not nodes:
             return nothing(len(queries), k)
         scores, positions = room(len(queries), k)
+        mask = _EVERYTHING if bits is None else bits
 
-        def walk(some: slice) -> None:
-            seen = self._unmarked(arrays.nodes)
-            graph_walk.search(
-                queries[some],
-                queries[some] @ self._rotation,
-                vectors,
-                arrays.codes,
-                arrays.links,
-                arrays.offsets,
-                arrays.layers,
-                arrays.entry,
-                covered,
-                _EVERYTHING if bits is None else bits,
-                seen,
-                effort,
-                candidates,
-                scores[some],
-                positions[some],
+        def walk(queries: Vectors, scores: Vectors, positions: Positions) -> None:
+            seen = self._unmarked(nodes)
+            arrays.walk(
+                vectors, covered, mask, effort, candidates, queries, seen, scores, positions
             )
             self._seen.append(seen)
 
-        _share(walk, len(queries), threads)
+        if threads == 1:
+            walk(queries, scores, positions)
+        else:
+            share(
+                lambda some: walk(queries[some], scores[some], positions[some]),
+                len(queries),
+                threads,
+            )
         return scores, positions
 
-    def _current(self) -> _Arrays:
-        nodes, known = int(self._graph.ntotal), self._arrays
+    def _current(self, nodes: int) -> _Arrays:
+        known = self._arrays
         if known is None or known.nodes != nodes:
             hnsw = self._graph.hnsw
             codes = faiss.downcast_index(self._graph.storage).codes
-            known = self._arrays = _Arrays(
-                nodes=nodes,
-                codes=_view(codes.data(), codes.size()),
-                links=_view(hnsw.neighbors.data(), hnsw.neighbors.size()),
-                offsets=_view(hnsw.offsets.data(), hnsw.offsets.size()).view(np.int64),
-                layers=_layers(hnsw),
-                entry=int(hnsw.entry_point),
+            walk = partial(
+                graph_walk.search,
+                _view(codes),
+                _view(hnsw.neighbors),
+                _view(hnsw.offsets).view(np.int64),
+                _layers(hnsw),
+                int(hnsw.entry_point),
+                self._rotation,
             )
+            known = self._arrays = _Arrays(nodes, walk)
         return known
 
     def _unmarked(self, nodes: int) -> Bytes:
@@ -124,8 +120,8 @@ class ByteGraph:
         return seen if len(seen) == nodes + 1 else np.zeros(nodes + 1, np.uint8)
 
 
-def _view(pointer: Any, size: int) -> Any:
-    return faiss.rev_swig_ptr(pointer, size)
+def _view(vector: Any) -> Any:
+    return faiss.rev_swig_ptr(vector.data(), vector.size())
 
 
 def _layers(hnsw: Any) -> Words:
@@ -136,16 +132,16 @@ def _layers(hnsw: Any) -> Words:
 _helpers = ThreadPoolExecutor(max(1, CORES - 1), "search")
 
 
-def _share(work: Callable[[slice], None], count: int, threads: int) -> None:
+def share(work: Callable[[slice], None], count: int, threads: int) -> None:
     """Does `work` on all parts of 0 to `count`; waits for no thread that is late to begin."""
-    step = _AT_ONCE if threads > 1 else count
-    todo = deque(slice(start, min(count, start + step)) for start in range(0, count, step))
+    starts = range(0, count, _AT_ONCE)
+    todo = deque(slice(start, min(count, start + _AT_ONCE)) for start in starts)
 
     def go() -> None:
-        while True:
+        while todo:
             try:
                 some = todo.popleft()
-            except IndexError:
+            except IndexError:  # another thread was quicker
                 return
             work(some)
 

@@ -20,6 +20,8 @@ _ID_TYPES = get_args(IdType)
 # One text for each integer, so that two texts are never the same id: no zeros before, no "-0".
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _INT64 = range(-(2**63), 2**63)
+_LEAST, _MOST = 1e-30, 1e30
+"""What lies between can be divided by in float32."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # An escaped NUL; an even run of backslashes before it is text that only looks like one.
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -107,12 +109,13 @@ def unit_vectors(vectors: Vectors, dim: int) -> Vectors:
             f"float32 [N, {dim}]: send vectors of the collection's encoder"
         )
     # Norms in float64: the square of a large finite float32 overflows.
+    if len(given) == 1 and given.dtype.char == "f":  # a lone query: without NumPy's fixed costs
+        row = given[0].astype(np.float64)
+        norm = math.sqrt(row.dot(row))
+        if _LEAST < norm < _MOST:
+            unit: Vectors = given / norm
+            return unit
     wide = given.astype(np.float64)
-    if len(wide) == 1:  # a lone query: the same as below without NumPy's fixed costs
-        norm = math.sqrt(wide[0].dot(wide[0]))
-        if 0 < norm < math.inf:
-            unit = np.empty(wide.shape, np.float32)
-            return np.divide(wide, norm, out=unit, casting="same_kind")
     norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
     good = (norms > 0) & (norms < np.inf)
     if not good.all():

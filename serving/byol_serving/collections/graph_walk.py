@@ -117,6 +117,21 @@ def _is_set(bits: Bytes, node: int) -> bool:
 
 
 @_compiled
+def _next(keys: Words, at: int, size: int) -> int:
+    """The first key from `at` on whose node's neighbours have not been looked at; or `size`."""
+    while at < size and keys[at] & _DONE:
+        at += 1
+    return at
+
+
+@_compiled
+def _fetch_links(links: Links, offsets: Words, layers: Words, node: int) -> None:
+    begin = offsets[node]
+    for at in range(begin, begin + layers[1], _LINE // 4):
+        fetch(links, at)
+
+
+@_compiled
 def _walk(
     query: Query,
     codes: Bytes,
@@ -154,19 +169,35 @@ def _walk(
             place = _insert(keys, size, key)
             if place < first:
                 first = place
-                fetch(links, offsets[node])
-        at = min(at + 1, first)
-        while at < size and keys[at] & _DONE:
-            at += 1
+                _fetch_links(links, offsets, layers, node)
+        at = _next(keys, min(at + 1, first), size)
         if at == size:
             break
         node = (keys[at] & 0xFFFFFFFF) >> 1
         keys[at] |= _DONE
+        after = _next(keys, at + 1, size)
+        if after < size:
+            _fetch_links(links, offsets, layers, (keys[after] & 0xFFFFFFFF) >> 1)
         fresh = _fresh(node, codes, dim, links, offsets, layers, seen, found)
     if everything:
         hits = min(size, len(best))
         best[:hits] = keys[:hits]
     return hits
+
+
+@_compiled
+def _rotate(queries: Floats, rotation: Floats) -> NDArray[np.int8]:
+    """The queries as bytes, int8 [Q, D]."""
+    count, dim = queries.shape
+    rotated = np.empty((count, dim), np.int8)
+    for at in range(dim):  # a row of the rotation at a time, since it is larger than the queries
+        axis = rotation[at]
+        for row in range(count):
+            query, value = queries[row], np.float32(0.5)
+            for other in range(dim):
+                value += axis[other] * query[other]
+            rotated[row, at] = min(max(np.floor(value), np.float32(-128)), np.float32(127))
+    return rotated
 
 
 @_compiled
@@ -199,14 +230,16 @@ def _array(kind: Any, axes: int, *, filled: bool = False) -> Any:
 
 
 _SEARCH = types.void(
-    *[_array(types.float32, 2)] * 3,
     _array(types.uint8, 1),
     _array(types.int32, 1),
     *[_array(types.int64, 1)] * 2,
-    *[types.int64] * 2,
+    types.int64,
+    *[_array(types.float32, 2)] * 2,
+    types.int64,
     _array(types.uint8, 1),
-    _array(types.uint8, 1, filled=True),
     *[types.int64] * 2,
+    _array(types.float32, 2),
+    _array(types.uint8, 1, filled=True),
     _array(types.float32, 2, filled=True),
     _array(types.int64, 2, filled=True),
 )
@@ -214,50 +247,49 @@ _SEARCH = types.void(
 
 @partial(_compiled, signature=_SEARCH)
 def search(
-    queries: Floats,
-    rotated: Floats,
-    vectors: Floats,
     codes: Bytes,
     links: Links,
     offsets: Words,
     layers: Words,
     entry: int,
+    rotation: Floats,
+    vectors: Floats,
     covered: int,
     bits: Bytes,
-    seen: Bytes,
     effort: int,
     candidates: int,
+    queries: Floats,
+    seen: Bytes,
     scores: Floats,
     positions: Words,
 ) -> None:
     """The nearest of each query.
 
     Args:
-        queries: float32 [Q, D].
-        rotated: float32 [Q, D], the queries on the scale of the codes.
-        vectors: float32 [N, D], by node.
         codes: see above, as for `links`, `offsets`, `layers`, `bits` and `seen`.
         links: see above.
         offsets: see above.
         layers: see above.
         entry: the node where each walk begins.
+        rotation: float32 [D, D], which brings vectors to the scale of the codes.
+        vectors: float32 [N, D], by node.
         covered: nodes from here on may not be found.
         bits: see above.
-        seen: see above; changed, and no other thread's meanwhile.
         effort: how wide a walk is, at least `candidates`.
         candidates: how many are ranked by their true scores.
+        queries: float32 [Q, D].
+        seen: see above; changed, and no other thread's meanwhile.
         scores: float32 [Q, K], filled, best first; -inf where there are fewer.
         positions: int64 [Q, K], filled; -1 where there are fewer.
     """
     dim = queries.shape[1]
     keys, best = np.empty(effort, np.int64), np.empty(candidates, np.int64)
-    query = np.empty(dim, np.int8)
+    rotated = _rotate(queries, rotation)
     for row in range(len(queries)):
         if seen[-1] == _WALKS:
             seen[:] = 0
         seen[-1] += 1
-        for at in range(dim):
-            query[at] = np.int8(min(max(np.floor(rotated[row, at] + 0.5), -128), 127))
+        query = rotated[row]
         hits = _walk(
             query, codes, dim, links, offsets, layers, entry, covered, bits, seen, keys, best
         )

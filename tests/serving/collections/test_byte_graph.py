@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -31,7 +32,7 @@ def _call_dot(query: np.ndarray, codes: np.ndarray, start: int, dim: int) -> int
 _dot = numba.njit(_call_dot)
 
 
-def _graph(vectors: Vectors) -> tuple[ByteGraph, object]:
+def _graph(vectors: Vectors) -> tuple[ByteGraph, Any]:
     index = kinds.trained("hnsw-sq8", vectors)
     index.add(vectors)
     return ByteGraph(index), index
@@ -57,10 +58,11 @@ def _search(
         queries,
         k,
         vectors,
+        int(graph._graph.ntotal),
         len(vectors) if covered is None else covered,
         bits,
-        effort=effort,
-        candidates=k + 8,
+        effort,
+        k + 8,
         threads=threads,
     )
 
@@ -85,7 +87,7 @@ def test_it_finds_as_much_as_the_library_at_the_same_effort(dim: int) -> None:
     for effort in (18, 40):
         scores, found = _search(ours, queries, 10, vectors=vectors, effort=effort)
         parameters = kinds.parameters("hnsw-sq8", effort, None)
-        theirs = index.search(queries, 18, params=parameters)[1]  # type: ignore[attr-defined]
+        theirs = index.search(queries, 18, params=parameters)[1]
         _, wanted = rescored(queries, vectors, theirs, 10)
         assert recall_of(found, truth) >= recall_of(wanted, truth) - 0.01
         own = np.take_along_axis(queries @ vectors.T, found, axis=1)
@@ -132,7 +134,7 @@ def test_what_is_added_is_found() -> None:
     graph, index = _graph(VECTORS[:1000])
     _search(graph, QUERIES, 1, vectors=VECTORS[:1000])
     for size in (1016, 1032, COUNT):
-        index.add(VECTORS[graph._graph.ntotal : size])  # type: ignore[attr-defined]
+        index.add(VECTORS[graph._graph.ntotal : size])
         _, found = _search(graph, VECTORS[size - 16 : size], 1, vectors=VECTORS[:size])
         assert (found[:, 0] == np.arange(size - 16, size)).mean() > 0.9
 
@@ -173,7 +175,7 @@ def test_what_fails_in_a_helper_fails() -> None:
 
     begun = threading.Event()
     with pytest.raises(MemoryError, match="no room"):
-        byte_graph._share(watched, 64, 2)
+        byte_graph.share(watched, 64, 2)
 
 
 def test_it_is_the_same_on_a_processor_with_fewer_instructions(tmp_path: Path) -> None:
