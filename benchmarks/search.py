@@ -29,6 +29,8 @@ from search_engines import SHARES, Ask, K, asking, asking_faiss, asking_peer
 from search_server import Server, durable_inserts
 
 BATCH = 64
+QUERIES = 2048
+"""In a window: of a fast engine 50 ms. In a few milliseconds only waking up is measured."""
 PEERS = ("hnswlib", "qdrant", "milvus", "lancedb")
 EFFORTS = sorted({round(2 * 1.1**step) for step in range(74)})
 """2 .. 2,100, each about a tenth above the one before, so that recalls come out nearly equal."""
@@ -52,12 +54,11 @@ def main() -> None:
     """Measures and prints."""
     chosen = options(__doc__ or "", arguments)
     given = chosen.given
-    queries = 256 if chosen.quick else 2048
     count = given.count or (20_000 if chosen.quick else 1_000_000)
     measured = Measured({}, {}, {})
-    measure(chosen, clustered(count, queries), "", measured)
+    measure(chosen, clustered(count, QUERIES), "", measured)
     if CIFAR.exists() and (given.bundle or not chosen.quick):
-        real = embedded(given.bundle, queries) if given.bundle else pictures(queries)
+        real = embedded(given.bundle, QUERIES) if given.bundle else pictures(QUERIES)
         measure(chosen, real, "cifar10 ", measured)
     packages = ["byol-server", "faiss-cpu", "grpcio", "numpy"]
     report(
