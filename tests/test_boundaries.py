@@ -23,7 +23,12 @@ OWNERS = {
     ),
     "faiss": ("byol_serving.collections.faiss_library", "byol_cli.doctor"),
     "pymilvus": ("byol_serving.collections.milvus*",),
-    "numba": ("byol_serving.collections.graph_walk", "byol_serving.collections.byte_products"),
+    "numba": (
+        "byol_serving.collections.byte_products",
+        "byol_serving.collections.compiling",
+        "byol_serving.collections.graph_walk",
+        "byol_serving.collections.units",
+    ),
     # quantize: ONNX Runtime's own quantiser is the only maintained one for its graphs.
     "onnxruntime": ("byol_serving.encoder", "byol_training.quantize", "byol_cli.doctor"),
     "torch": ("byol_training.*", "byol_cli.doctor", "byol_cli.demo_run"),

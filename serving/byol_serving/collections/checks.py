@@ -1,7 +1,6 @@
 """What may enter a collection: ids, vectors, metadata, names."""
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import cast, get_args
@@ -9,6 +8,7 @@ from typing import cast, get_args
 import numpy as np
 
 from byol_serving.collections.types import IdType, IndexKind, Metadata, Vectors
+from byol_serving.collections.units import unit_rows
 from byol_serving.errors import InvalidRequest, InvalidVector
 
 MAX_ID_BYTES = 512
@@ -20,8 +20,6 @@ _ID_TYPES = get_args(IdType)
 # One text for each integer, so that two texts are never the same id: no zeros before, no "-0".
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _INT64 = range(-(2**63), 2**63)
-_LEAST, _MOST = 1e-30, 1e30
-"""What lies between can be divided by in float32."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # An escaped NUL; an even run of backslashes before it is text that only looks like one.
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -108,24 +106,14 @@ def unit_vectors(vectors: Vectors, dim: int) -> Vectors:
             f"vectors are {given.dtype} of shape {list(given.shape)}, the collection takes "
             f"float32 [N, {dim}]: send vectors of the collection's encoder"
         )
-    # Norms in float64: the square of a large finite float32 overflows.
-    if len(given) == 1 and given.dtype.char == "f":  # a lone query: without NumPy's fixed costs
-        row = given[0].astype(np.float64)
-        norm = math.sqrt(row.dot(row))
-        if _LEAST < norm < _MOST:
-            unit: Vectors = given / norm
-            return unit
-    wide = given.astype(np.float64)
-    norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
-    good = (norms > 0) & (norms < np.inf)
-    if not good.all():
-        row = int(np.argmin(good))
-        fault = "zero" if norms[row] == 0 else "not finite"
+    floats = given if given.dtype.char in "fd" else given.astype(np.float64)
+    units, row = unit_rows(floats)
+    if row >= 0:
+        fault = "zero" if np.abs(floats[row]).max() < 1 else "not finite"
         raise InvalidVector(
             f"vector {row} is {fault}: send finite, non-zero vectors (cosine needs a direction)"
         )
-    wide /= norms[:, None]
-    return np.ascontiguousarray(wide, dtype=np.float32)
+    return units
 
 
 def metadata_text(metadata: Metadata, position: int) -> str:

@@ -15,24 +15,20 @@ The arrays, throughout:
     keys: int64, best first: a score, a node, and whether its neighbours have been looked at.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import TypeAlias
 
-import numba
 import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
 from byol_serving.collections.byte_products import dot, fetch
+from byol_serving.collections.compiling import array, compiled, compiled_as
 
 Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
 Query: TypeAlias = NDArray[np.int8]
 Links: TypeAlias = NDArray[np.int32]
 Words: TypeAlias = NDArray[np.int64]
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 _LINE = 64
 """Bytes that come from memory together."""
 _LEAST = -(2**63)
@@ -40,20 +36,7 @@ _WALKS = 255
 _DONE = 1
 
 
-def _compiled(function: Function, signature: Any = None) -> Function:
-    """To run without Python's lock; kept on disk where that can be.
-
-    With a signature at once, else for the types that it is first called with.
-    """
-    # Sums in any order, as FAISS's are; but infinities stay what they are.
-    how = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
-    try:
-        return cast(Function, numba.njit(signature, cache=True, **how)(function))
-    except RuntimeError:  # no folder to keep it in, as in a container
-        return cast(Function, numba.njit(signature, **how)(function))
-
-
-@_compiled
+@compiled
 def _insert(keys: Words, size: int, key: int) -> int:
     """Puts a key among the first `size` - 1, and says where; what was behind it moves back."""
     at = size - 1
@@ -64,7 +47,7 @@ def _insert(keys: Words, size: int, key: int) -> int:
     return at
 
 
-@_compiled
+@compiled
 def _descend(
     query: Query, codes: Bytes, dim: int, links: Links, offsets: Words, layers: Words, entry: int
 ) -> int:
@@ -85,7 +68,7 @@ def _descend(
     return node
 
 
-@_compiled
+@compiled
 def _fresh(
     node: int,
     codes: Bytes,
@@ -111,12 +94,12 @@ def _fresh(
     return count
 
 
-@_compiled
+@compiled
 def _is_set(bits: Bytes, node: int) -> bool:
     return len(bits) == 0 or (bits[node >> 3] >> (node & 7)) & 1 == 1
 
 
-@_compiled
+@compiled
 def _next(keys: Words, at: int, size: int) -> int:
     """The first key from `at` on whose node's neighbours have not been looked at; or `size`."""
     while at < size and keys[at] & _DONE:
@@ -124,14 +107,14 @@ def _next(keys: Words, at: int, size: int) -> int:
     return at
 
 
-@_compiled
+@compiled
 def _fetch_links(links: Links, offsets: Words, layers: Words, node: int) -> None:
     begin = offsets[node]
     for at in range(begin, begin + layers[1], _LINE // 4):
         fetch(links, at)
 
 
-@_compiled
+@compiled
 def _walk(
     query: Query,
     codes: Bytes,
@@ -185,7 +168,7 @@ def _walk(
     return hits
 
 
-@_compiled
+@compiled
 def _rotate(queries: Floats, rotation: Floats) -> NDArray[np.int8]:
     """The queries as bytes, int8 [Q, D]."""
     count, dim = queries.shape
@@ -200,7 +183,7 @@ def _rotate(queries: Floats, rotation: Floats) -> NDArray[np.int8]:
     return rotated
 
 
-@_compiled
+@compiled
 def _rank(query: Floats, vectors: Floats, best: Words, scores: Floats, positions: Words) -> None:
     """Orders candidates by their true scores, and keeps as many as there is room for."""
     dim, kept = len(query), 0
@@ -225,27 +208,23 @@ def _rank(query: Floats, vectors: Floats, best: Words, scores: Floats, positions
     scores[kept:], positions[kept:] = -np.inf, -1
 
 
-def _array(kind: Any, axes: int, *, filled: bool = False) -> Any:
-    return types.Array(kind, axes, "C", readonly=not filled)
-
-
 _SEARCH = types.void(
-    _array(types.uint8, 1),
-    _array(types.int32, 1),
-    *[_array(types.int64, 1)] * 2,
+    array(types.uint8, 1),
+    array(types.int32, 1),
+    *[array(types.int64, 1)] * 2,
     types.int64,
-    *[_array(types.float32, 2)] * 2,
+    *[array(types.float32, 2)] * 2,
     types.int64,
-    _array(types.uint8, 1),
+    array(types.uint8, 1),
     *[types.int64] * 2,
-    _array(types.float32, 2),
-    _array(types.uint8, 1, filled=True),
-    _array(types.float32, 2, filled=True),
-    _array(types.int64, 2, filled=True),
+    array(types.float32, 2),
+    array(types.uint8, 1, filled=True),
+    array(types.float32, 2, filled=True),
+    array(types.int64, 2, filled=True),
 )
 
 
-@partial(_compiled, signature=_SEARCH)
+@compiled_as(_SEARCH)
 def search(
     codes: Bytes,
     links: Links,

@@ -1,5 +1,6 @@
 """What a collection takes and gives: plain values, free of SQLite, FAISS and gRPC."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,9 @@ class Columns:
     def filled(cls, ids: Sequence[str], scores: Vectors, counts: NDArray[np.int64]) -> "Columns":
         """From the neighbours of all queries one after another: ids, and scores float32 [sum]."""
         shape = len(counts), int(counts.max(initial=0))
+        if len(scores) == math.prod(shape):  # nothing is lacking, as mostly
+            names = np.array(ids, object).reshape(shape)
+            return cls(ids=names, scores=scores.reshape(shape), counts=counts)
         names, values = np.full(shape, "", object), np.full(shape, -1, np.float32)
         there = np.arange(shape[1]) < counts[:, None]
         names[there], values[there] = ids, scores
@@ -115,6 +119,8 @@ class Columns:
 
     def flat(self) -> tuple[list[str], Vectors]:
         """The reverse of `filled`."""
+        if int(self.counts.sum()) == self.ids.size:
+            return self.ids.ravel().tolist(), self.scores.ravel()
         there = np.arange(self.ids.shape[1]) < self.counts[:, None]
         return self.ids[there].tolist(), self.scores[there]
 

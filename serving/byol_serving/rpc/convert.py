@@ -83,6 +83,8 @@ def raw_array(tensor: pb.Tensor) -> NDArray[np.generic]:
 def tensor_to_vectors(tensor: pb.Tensor, *, ndim: int) -> Vectors:
     """Vectors as float32, [N, D] (ndim 2) or [D] (ndim 1); int8 is divided by 127.
 
+    They may be a read-only view of the message.
+
     Whether the dimension fits and the values are finite is the collection's to check.
 
     Raises:
@@ -93,7 +95,7 @@ def tensor_to_vectors(tensor: pb.Tensor, *, ndim: int) -> Vectors:
     if array.ndim != ndim:
         wanted = "[N, D]" if ndim == 2 else "[D]"
         raise InvalidVector(f"vector shape {list(array.shape)} is not {wanted}; reshape it")
-    vectors = array.astype(np.float32)
+    vectors = array.astype(np.float32, copy=False)
     return vectors / np.float32(_INT8_SCALE) if array.dtype == np.int8 else vectors
 
 

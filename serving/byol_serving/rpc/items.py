@@ -169,4 +169,4 @@ def _hit_value(hit: pb.Hit) -> Hit:
 def _vector(
     message: pb.Item | pb.Hit,
 ) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None":
-    return tensor_to_vectors(message.vector, ndim=1) if message.HasField("vector") else None
+    return tensor_to_vectors(message.vector, ndim=1).copy() if message.HasField("vector") else None

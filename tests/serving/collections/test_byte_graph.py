@@ -12,9 +12,10 @@ import numba
 import numpy as np
 import pytest
 
-from byol_serving.collections import byte_graph, graph_walk, kinds
+from byol_serving.collections import byte_graph, kinds
 from byol_serving.collections.byte_graph import ByteGraph
 from byol_serving.collections.byte_products import dot
+from byol_serving.collections.compiling import compiled
 from byol_serving.collections.exact import CORES, Bits, Found, nearest, pack, rescored
 from byol_serving.collections.tuning import recall_of
 from byol_serving.collections.types import Vectors
@@ -209,4 +210,4 @@ def test_it_is_compiled_where_nothing_can_be_kept() -> None:
     exec("def double(x): return 2 * x", made)  # without a file, so without a folder beside it
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(made["double"])
-    assert graph_walk._compiled(made["double"])(21) == 42
+    assert compiled(made["double"])(21) == 42
