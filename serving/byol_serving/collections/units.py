@@ -21,15 +21,16 @@ def unit_rows(vectors: NDArray[np.float32] | NDArray[np.float64]) -> tuple[Vecto
     )
 )
 def _scale(vectors: NDArray[np.float64], units: Vectors) -> int:
-    for row in range(len(vectors)):
-        given, unit = vectors[row], units[row]
+    count, dim = vectors.shape
+    for row in range(count):
         square = 0.0  # in float64: that of a large finite float32 overflows
-        for value in given:
-            square += np.float64(value) * np.float64(value)
+        for at in range(dim):
+            value = np.float64(vectors[row, at])
+            square += value * value
         norm = np.sqrt(square)
         if not 0 < norm < np.inf:
             return row
         inverse = 1 / norm
-        for at in range(len(given)):
-            unit[at] = given[at] * inverse
+        for at in range(dim):
+            units[row, at] = np.float64(vectors[row, at]) * inverse
     return -1
