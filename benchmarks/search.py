@@ -270,21 +270,20 @@ def over_grpc(
 
         def batches() -> float:
             count = len(data.queries)
-            with ThreadPoolExecutor(4) as few:
-                return timed(lambda: list(few.map(batch, parts)), count)
+            return timed(lambda: list(pool.map(batch, parts)), count)
 
         rates = interleaved(
             {
                 "gRPC, 1 client": one,
                 "gRPC, 16 clients": many,
-                f"gRPC, batches of {BATCH}": batches,
+                f"gRPC, 16 clients, batches of {BATCH}": batches,
                 "faiss as served": lambda: raw(len(data.queries), BATCH, None, None)[0],
             },
             unit="queries/s",
             repeats=repeats,
         )
         into.results |= {prefix + name: rate for name, rate in rates.items()}
-        ratio = rates[f"gRPC, batches of {BATCH}"].median / rates["faiss as served"].median
+        ratio = rates[f"gRPC, 16 clients, batches of {BATCH}"].median / rates["faiss as served"].median
         into.ratios[f"{prefix}grpc_batch_vs_faiss"] = ratio
         into.facts[f"{prefix}server_mb"] = server.memory_mb()
         if not prefix:
