@@ -283,7 +283,9 @@ def over_grpc(
             repeats=repeats,
         )
         into.results |= {prefix + name: rate for name, rate in rates.items()}
-        ratio = rates[f"gRPC, 16 clients, batches of {BATCH}"].median / rates["faiss as served"].median
+        ratio = (
+            rates[f"gRPC, 16 clients, batches of {BATCH}"].median / rates["faiss as served"].median
+        )
         into.ratios[f"{prefix}grpc_batch_vs_faiss"] = ratio
         into.facts[f"{prefix}server_mb"] = server.memory_mb()
         if not prefix:

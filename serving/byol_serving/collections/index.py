@@ -197,7 +197,7 @@ class Index:
         found = _with_rest(found, covered, queries, k, vectors, bits)
         # A graph walk may end early between masked nodes; k are there, so such a query is scanned.
         wanted = min(k, count)
-        if wanted and lacking(found[1][:, :wanted]):
+        if wanted and lacking(found[1] if wanted == k else found[1][:, :wanted]):
             short = np.flatnonzero(found[1][:, wanted - 1] < 0)
             found[0][short], found[1][short] = nearest(
                 queries[short], vectors, k, bits, view.size - count
