@@ -324,8 +324,9 @@ class LocalCollection:
     ) -> tuple[View, Found]:
         view = self._view()
         if condition is None:
-            checks.k_of(k, view.count)
-            return view, ranked(lambda n: self._index.search(view, unit, n, effort), k, view.count)
+            most = view.count
+            checks.k_of(k, most)
+            return view, ranked(lambda n: self._index.search(view, unit, n, effort), k, most)
         view, chosen = self._matching.positions(condition)
         checks.k_of(k, view.count)
         return view, ranked(
