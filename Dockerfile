@@ -19,10 +19,11 @@ RUN python -m venv /opt/byol \
     && /opt/byol/bin/python -m pip install --no-cache-dir "$(ls /wheels/*.whl)[${EXTRA},parquet]"
 
 FROM python:${PYTHON}-slim
-RUN useradd --uid 10001 --no-create-home byol && install --directory --owner byol /store
+RUN useradd --uid 10001 --no-create-home byol && install --directory --owner byol /store /cache
 COPY --from=install /opt/byol /opt/byol
 ENV PATH=/opt/byol/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    NUMBA_CACHE_DIR=/cache \
     BYOL_SERVE_BUNDLE=/bundle \
     BYOL_SERVE_STORE=/store \
     BYOL_SERVE_HOST=0.0.0.0 \

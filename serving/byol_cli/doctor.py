@@ -20,6 +20,7 @@ PACKAGES = {
     "onnxscript": "training",
     "onnxruntime": "cpu (or gpu)",
     "faiss": "cpu (or gpu)",
+    "numba": "cpu (or gpu)",
     "pyarrow": "parquet",
     "skimage": "demo",
     "sklearn": "demo",
