@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -146,7 +146,10 @@ def share(work: Callable[[slice], None], count: int, threads: int) -> None:
             work(some)
 
     helping = [_helpers.submit(go) for _ in range(threads - 1)]
-    go()
-    for each in helping:
-        if not each.cancel():
-            each.result()
+    try:
+        go()
+    finally:  # none may go on in memory that the caller gives up
+        begun = [each for each in helping if not each.cancel()]
+        wait(begun)
+    for each in begun:
+        each.result()

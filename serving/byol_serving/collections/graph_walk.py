@@ -29,9 +29,9 @@ Bytes: TypeAlias = NDArray[np.uint8]
 Query: TypeAlias = NDArray[np.int8]
 Links: TypeAlias = NDArray[np.int32]
 Words: TypeAlias = NDArray[np.int64]
+
 _LINE = 64
 """Bytes that come from memory together."""
-_LEAST = -(2**63)
 _WALKS = 255
 _DONE = 1
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,19 +165,33 @@ def test_queries_are_shared_by_threads_and_late_ones_are_not_waited_for(
 
 
 def test_what_fails_in_a_helper_fails() -> None:
-    def work(some: slice) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            raise MemoryError("no room")
-        begun.wait(10)
-
-    def watched(some: slice) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            begun.set()
-        work(some)
-
     begun = threading.Event()
+
+    def work(some: slice) -> None:
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(10)
+            return
+        begun.set()
+        raise MemoryError("no room")
+
     with pytest.raises(MemoryError, match="no room"):
-        byte_graph.share(watched, 64, 2)
+        byte_graph.share(work, 64, 2)
+
+
+def test_a_helper_is_waited_for_where_the_caller_fails() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def work(some: slice) -> None:
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(10)
+            raise MemoryError("no room")
+        begun.set()
+        time.sleep(0.1)
+        ended.set()
+
+    with pytest.raises(MemoryError, match="no room"):
+        byte_graph.share(work, 16, 2)
+    assert ended.is_set()
 
 
 def test_it_is_the_same_on_a_processor_with_fewer_instructions(tmp_path: Path) -> None:
