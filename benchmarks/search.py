@@ -30,7 +30,6 @@ from search_server import Server, durable_inserts
 
 BATCH = 64
 QUERIES = 2048
-"""In a window: of a fast engine 50 ms. In a few milliseconds only waking up is measured."""
 PEERS = ("hnswlib", "qdrant", "milvus", "lancedb")
 EFFORTS = sorted({round(2 * 1.1**step) for step in range(74)})
 """2 .. 2,100, each about a tenth above the one before, so that recalls come out nearly equal."""
@@ -98,7 +97,11 @@ def measure(chosen: Options, data: Data, prefix: str, into: Measured) -> None:
             f"{prefix}ours index_mb": stats.index_bytes // 2**20,
         }
         folder = scratch / "store" / "c"
-        engines = {"ours": asking(ours, data), "faiss": asking_faiss(folder, data)}
+        seconds = seconds_of(chosen)
+        engines = {
+            "ours": asking(ours, data, seconds),
+            "faiss": asking_faiss(folder, data, seconds),
+        }
         if chosen.peers:
             engines |= peers(chosen, stack, data, scratch, prefix, into)
         repeats = 2 if chosen.quick else 3
@@ -150,7 +153,7 @@ def peers(
             continue
         into.facts[f"{prefix}{name} build_s"] = round(peer.setup["build_s"], 1)
         into.facts[f"{prefix}{name} peak_mb"] = peer.setup["peak_mb"]
-        found[name] = asking_peer(peer, 0.2 if chosen.quick else 1.0)
+        found[name] = asking_peer(peer, seconds_of(chosen))
     return found
 
 
@@ -314,6 +317,11 @@ def startup(path: Path, prefix: str, into: Measured) -> None:
     into.results[f"{prefix}start from snapshot"] = Rate("s", tuple(from_snapshot))
     into.results[f"{prefix}start by rebuild"] = Rate("s", (rebuild,))
     into.ratios[f"{prefix}startup_vs_rebuild"] = sorted(from_snapshot)[1] / rebuild
+
+
+def seconds_of(chosen: Options) -> float:
+    """How long a round lasts."""
+    return 0.2 if chosen.quick else 1.0
 
 
 def timed(work: Callable[[], object], count: int) -> float:

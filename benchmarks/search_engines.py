@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from byol_serving.collections import kinds
 from byol_serving.collections.collection import LocalCollection
 from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.filters import Range
+from byol_serving.collections.types import Columns
 from harness import Peer
 from search_data import Data, Vectors
 
@@ -24,31 +25,50 @@ _CORES = len(os.sched_getaffinity(0))
 _SCANNED = 10
 """Up to `pick` below this, raw FAISS scans what the filter keeps: faster than a masked index."""
 
+Found = TypeVar("Found")
 Answer: TypeAlias = tuple[float, Sequence[Sequence[int]]]
 Ask: TypeAlias = Callable[[int, int, int | None, int | None], Answer]
-"""(count, batch, effort, below) -> (queries/s, ids); effort None: what ours is tuned to."""
+"""(count, batch, effort, below) -> (queries/s, ids); effort None: what ours is tuned to.
+
+A round lasts for so many seconds; of a slow engine there are fewer ids than queries."""
 
 
-def asking(collection: LocalCollection, data: Data) -> Ask:
+def asking(collection: LocalCollection, data: Data, seconds: float) -> Ask:
     """Ours, in process."""
 
     def ask(count: int, batch: int, effort: int | None, below: int | None) -> Answer:
         condition = None if below is None else Range("pick", lt=below)
-        started = time.perf_counter()
-        found = [
-            collection.search_columns(
-                data.queries[start : start + batch], K, condition=condition, effort=effort
-            )
-            for start in range(0, count, batch)
-        ]
-        seconds = time.perf_counter() - started
+
+        def search(part: Vectors) -> Columns:
+            return collection.search_columns(part, K, condition=condition, effort=effort)
+
+        rate, found = repeated(search, data.queries[:count], batch, seconds)
         rows = [row[:n] for part in found for row, n in zip(part.ids, part.counts, strict=True)]
-        return count / seconds, [list(map(int, row)) for row in rows]
+        return rate, [list(map(int, row)) for row in rows]
 
     return ask
 
 
-def asking_faiss(folder: Path, data: Data) -> Ask:
+def repeated(
+    search: Callable[[Vectors], Found], queries: Vectors, batch: int, seconds: float
+) -> tuple[float, list[Found]]:
+    """Queries a second over so many seconds, and what was found the first time.
+
+    As benchmarks/peers/search_loop.py does: a few milliseconds would measure waking up.
+    """
+    first, done = [], 0
+    started = time.perf_counter()
+    while (took := time.perf_counter() - started) < seconds:
+        start = done % len(queries)
+        part = queries[start : start + batch]
+        found = search(part)
+        if done < len(queries):
+            first.append(found)
+        done += len(part)
+    return done / took, first
+
+
+def asking_faiss(folder: Path, data: Data, seconds: float) -> Ask:
     """FAISS and nothing else, on the index of a snapshot: at the same effort it does the same work.
 
     Under a filter the better of a masked search and an exact scan.
@@ -75,16 +95,14 @@ def asking_faiss(folder: Path, data: Data) -> Ask:
 
     def ask(count: int, batch: int, effort: int | None, below: int | None) -> Answer:
         faiss.omp_set_num_threads(_CORES if batch > 1 else 1)  # the best for each
-        found = []
-        started = time.perf_counter()
-        for start in range(0, count, batch):
-            part = data.queries[start : start + batch]
-            exact = below is not None and below <= _SCANNED
-            found.append(
-                scan(part, below or 0) if exact else search(part, effort or tuned["effort"], below)
-            )
-        seconds = time.perf_counter() - started
-        return count / seconds, np.concatenate(found).tolist()
+
+        def answer(part: Vectors) -> Any:
+            if below is not None and below <= _SCANNED:
+                return scan(part, below)
+            return search(part, effort or tuned["effort"], below)
+
+        rate, found = repeated(answer, data.queries[:count], batch, seconds)
+        return rate, np.concatenate(found).tolist()
 
     return ask
 
@@ -111,7 +129,7 @@ def best_of(queries: Vectors, vectors: Vectors, candidates: Any) -> Any:
 
 
 def asking_peer(peer: Peer, seconds: float) -> Ask:
-    """A peer in its own process; a round ends after so many seconds."""
+    """A peer in its own process."""
 
     def ask(count: int, batch: int, effort: int | None, below: int | None) -> Answer:
         answer = peer.ask(

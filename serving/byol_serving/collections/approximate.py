@@ -215,9 +215,11 @@ class Approximate:
             kept: the share of set bits: the smaller, the wider the search.
             effort: instead of the tuned one.
         """
-        effort = effort or self._effort(kept)
-        # More effort than was tuned is asked for to miss less: then also more near misses compete.
-        depth = self.tuning.depth * math.sqrt(max(1.0, effort / self.tuning.effort))
+        depth = float(self.tuning.depth)
+        if effort is None:
+            effort = self._effort(kept)
+        if effort > self.tuning.effort:  # to miss less: then also more near misses compete
+            depth *= math.sqrt(effort / self.tuning.effort)
         covered = min(self.size, len(vectors))
         bits = alive if alive is None or covered == len(vectors) else _first(alive, covered)
         if len(queries) <= _SEARCH_AT_ONCE:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from byol_serving.collections import graph_walk
-from byol_serving.collections.exact import CORES, Bits, Found, Positions, nothing, room
+from byol_serving.collections.exact import CORES, Bits, Found, Positions, nothing
 from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.graph_walk import Bytes, Words
 from byol_serving.collections.types import Vectors
@@ -72,14 +72,22 @@ class ByteGraph:
             candidates: how many are ranked by their true scores, at least k.
             threads: that share the queries.
         """
-        arrays = self._current(nodes)
+        if self._arrays is None or self._arrays.nodes != nodes:
+            self._arrays = self._current(nodes)
+        arrays = self._arrays
         if not nodes:
             return nothing(len(queries), k)
-        scores, positions = room(len(queries), k)
+        scores = np.empty((len(queries), k), np.float32)
+        positions = np.empty((len(queries), k), np.int64)
         mask = _EVERYTHING if bits is None else bits
 
         def walk(queries: Vectors, scores: Vectors, positions: Positions) -> None:
-            seen = self._unmarked(nodes)
+            try:
+                seen = self._seen.pop()
+            except IndexError:  # all are in use
+                seen = _EVERYTHING
+            if len(seen) != nodes + 1:
+                seen = np.zeros(nodes + 1, np.uint8)
             arrays.walk(
                 vectors, covered, mask, effort, candidates, queries, seen, scores, positions
             )
@@ -96,28 +104,18 @@ class ByteGraph:
         return scores, positions
 
     def _current(self, nodes: int) -> _Arrays:
-        known = self._arrays
-        if known is None or known.nodes != nodes:
-            hnsw = self._graph.hnsw
-            codes = faiss.downcast_index(self._graph.storage).codes
-            walk = partial(
-                graph_walk.search,
-                _view(codes),
-                _view(hnsw.neighbors),
-                _view(hnsw.offsets).view(np.int64),
-                _layers(hnsw),
-                int(hnsw.entry_point),
-                self._rotation,
-            )
-            known = self._arrays = _Arrays(nodes, walk)
-        return known
-
-    def _unmarked(self, nodes: int) -> Bytes:
-        try:
-            seen = self._seen.pop()
-        except IndexError:
-            seen = _EVERYTHING
-        return seen if len(seen) == nodes + 1 else np.zeros(nodes + 1, np.uint8)
+        hnsw = self._graph.hnsw
+        codes = faiss.downcast_index(self._graph.storage).codes
+        walk = partial(
+            graph_walk.search,
+            _view(codes),
+            _view(hnsw.neighbors),
+            _view(hnsw.offsets).view(np.int64),
+            _layers(hnsw),
+            int(hnsw.entry_point),
+            self._rotation,
+        )
+        return _Arrays(nodes, walk)
 
 
 def _view(vector: Any) -> Any:
