@@ -11,9 +11,7 @@ from byol_serving.collections.types import Vectors
 def unit_rows(vectors: NDArray[np.float32] | NDArray[np.float64]) -> tuple[Vectors, int]:
     """Float32 [N, D], C-contiguous, and the first row that has no direction; -1 for none."""
     units = np.empty(vectors.shape, np.float32)
-    if not vectors.flags.c_contiguous:
-        vectors = np.ascontiguousarray(vectors)
-    return units, _scale(vectors, units)
+    return units, _scale(np.ascontiguousarray(vectors), units)
 
 
 @compiled_as(
