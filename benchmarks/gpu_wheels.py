@@ -24,8 +24,9 @@ WHEELS = (
     *("onnxruntime-gpu==1.31.1", "flatbuffers", "faiss-gpu-cuvs==1.15.1"),
     *("libcuvs-cu13==26.6.*", "libraft-cu13==26.6.*", "librmm-cu13==26.6.*", "rapids-logger"),
     # What our packages import beside them.
-    *("click", "grpcio-health-checking<1.79", "grpcio-reflection<1.79", "nvidia-ml-py"),
-    *("onnx-ir", "onnxscript", "prometheus-client", "rich", "safetensors", "simplejpeg", "uvloop"),
+    *("click", "grpcio-health-checking<1.79", "grpcio-reflection<1.79", "llvmlite", "numba"),
+    *("nvidia-ml-py", "onnx-ir", "onnxscript", "prometheus-client", "rich", "safetensors"),
+    *("simplejpeg", "uvloop"),
 )
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64")
 LIST = "wheels.json"
