@@ -283,12 +283,20 @@ class Approximate:
             effort = min(effort, self._lists)
         if self._walks is None:
             return self._ask_library(queries, k, vectors, covered, bits, effort, count)
-        with self.lock.reading:
-            given = queries, k, vectors, self.size, covered, bits, effort, count
+        self.lock.begin_reading()
+        try:
+            nodes = self.size
             if len(queries) == 1:
-                return self._walks.search(*given, threads=1)
+                return self._walks.search(
+                    queries, k, vectors, nodes, covered, bits, effort, count, 1
+                )
             with SEARCHING:
-                return self._walks.search(*given, threads=threads_for(len(queries)))
+                threads = threads_for(len(queries))
+                return self._walks.search(
+                    queries, k, vectors, nodes, covered, bits, effort, count, threads
+                )
+        finally:
+            self.lock.end_reading()
 
     def _ask_library(
         self,

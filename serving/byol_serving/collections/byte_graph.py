@@ -56,7 +56,6 @@ class ByteGraph:
         bits: Bits | None,
         effort: int,
         candidates: int,
-        *,
         threads: int,
     ) -> Found:
         """The k best of each query by their true scores, among the nodes whose bit is set.

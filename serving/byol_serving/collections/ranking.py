@@ -33,7 +33,7 @@ def ranked(search: Callable[[int], Found], k: int, most: int) -> Found:
 def _definite(scores: np.ndarray) -> bool:
     """Whether no two scores of a query are equal."""
     if len(scores) == 1:  # as plain numbers it takes less than NumPy's fixed costs
-        one = scores[0].tolist()
+        (one,) = scores.tolist()
         return all(map(operator.gt, one, one[1:]))
     return bool((scores[:, 1:] < scores[:, :-1]).all())
 

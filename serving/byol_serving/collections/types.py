@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,8 +84,7 @@ def hit_of(name: str, score: float, metadata: Metadata, vector: Vectors | None =
     return hit
 
 
-@dataclass(frozen=True, kw_only=True)
-class Columns:
+class Columns(NamedTuple):
     """The neighbours of many queries as arrays, best first: an object for each takes longer to make
     than an index takes to find it.
     """
