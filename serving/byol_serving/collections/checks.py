@@ -106,7 +106,9 @@ def unit_vectors(vectors: Vectors, dim: int) -> Vectors:
             f"vectors are {given.dtype} of shape {list(given.shape)}, the collection takes "
             f"float32 [N, {dim}]: send vectors of the collection's encoder"
         )
-    floats = given if given.dtype.char in "fd" else given.astype(np.float64)
+    kind = given.dtype  # what is compiled takes neither another byte order nor odd addresses
+    plain = kind.char in "fd" and kind.isnative and given.flags.aligned
+    floats = given if plain else given.astype(np.float64)
     units, row = unit_rows(floats)
     if row >= 0:
         fault = "zero" if np.abs(floats[row]).max() < 1 else "not finite"

@@ -194,8 +194,7 @@ class Index:
         if answer is None:
             answer = approximate.search(queries, k, vectors, bits, share, effort=effort)
         found, covered = answer
-        if covered < len(vectors):
-            found = _with_rest(found, covered, queries, k, vectors, bits)
+        found = _with_rest(found, covered, queries, k, vectors, bits)
         # A graph walk may end early between masked nodes; k are there, so such a query is scanned.
         wanted = min(k, count)
         if wanted and lacking(found[1] if wanted == k else found[1][:, :wanted]):

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from byol_serving.collections import checks
 from byol_serving.collections.collection import LocalCollection
 from byol_serving.collections.filters import Equals, Exists, Range
 from byol_serving.collections.store import Store
@@ -108,6 +110,24 @@ def test_bad_vectors(
         with pytest.raises(InvalidVector, match=message):
             call()
     model.check_all(collection)
+
+
+def test_vectors_may_lie_in_memory_in_any_way() -> None:
+    wanted = checks.unit_vectors(VECTORS[:4], DIM)
+    odd = np.frombuffer(b"-" + VECTORS[:4].tobytes(), np.uint8)[1:].view(np.float32)
+    assert not odd.flags.aligned
+    ways: list[Any] = [
+        VECTORS[:4].astype(">f4"),
+        odd.reshape(4, DIM),
+        np.asfortranarray(VECTORS[:4]),
+        VECTORS[:8][::2][:, ::-1][:, ::-1][:1],
+        VECTORS[:4].astype(np.float64),
+    ]
+    for given in ways:
+        unit = checks.unit_vectors(given, DIM)
+        np.testing.assert_allclose(unit, wanted[: len(unit)], atol=1e-7)
+        assert unit.flags.c_contiguous
+        assert unit.dtype == np.float32
 
 
 def test_extreme_vectors_are_normalised(collection: LocalCollection) -> None:
