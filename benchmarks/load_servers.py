@@ -107,12 +107,12 @@ class Server:
         answer = self._ask({"clients": clients, "seconds": seconds, "connections": connections})
         # Of the window and the moments before and after it, when the load was the same.
         used = (self._cpu_s() - before) * answer["seconds"] / (time.monotonic() - began)
-        count = len(answer["latencies"])
+        images = max(answer["images"], 1e-9)
         return Window(
-            images_per_s=count / answer["seconds"],
+            images_per_s=images / answer["seconds"],
             latencies_ms=sorted(1000 * each for each in answer["latencies"]),
-            cpu_ms=1000 * used / max(count, 1),
-            client_cpu_ms=1000 * answer["client_cpu_s"] / max(count, 1),
+            cpu_ms=1000 * used / images,
+            client_cpu_ms=1000 * answer["client_cpu_s"] / images,
             failed=answer["failed"],
         )
 

@@ -51,6 +51,7 @@ EVEN = 8
 """Clients whose latencies are to be even."""
 PEERS = ("litserve", "pytriton")
 PEER_CLIENTS = 32
+"""Where a model bounds them all; of thumbnails, peers are asked by as many clients as ours."""
 BARE = f"bare gRPC, {PEER_CLIENTS} clients"
 PROCESSES = max(2, available_cpus() // 4)
 CONNECTIONS = 32
@@ -150,7 +151,8 @@ def measure(
         most = (8 if slow else 32) if quick else max(CLIENTS)
         plan = [(f"ours, {n} clients", "ours", n, 1) for n in CLIENTS if n <= most]
         plan += [(BARE, "bare", PEER_CLIENTS, 1)]
-        plan += [(f"{name}, {PEER_CLIENTS} clients", name, PEER_CLIENTS, 1) for name in peers]
+        crowds = [n for n in CLIENTS[1:] if n <= most] if load.name == "tiny" else [PEER_CLIENTS]
+        plan += [(f"{name}, {n} clients", name, n, 1) for name in peers for n in crowds]
         if "processes" in servers:
             plan += [(ONE, "ours", CONNECTIONS, CONNECTIONS)]
             plan += [(SEVERAL, "processes", CONNECTIONS, CONNECTIONS)]
@@ -254,8 +256,7 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     ratios = {names[load]: found.ratio(busy, "raw")}
     ratios[f"{load}_vs_ceiling"] = found.ratio(busy, "raw") / ceiling_vs_raw(found)
     for name in peers:
-        theirs = f"{name}, {PEER_CLIENTS} clients"
-        ratios[f"{load}_vs_{name}"] = found.ratio(f"ours, {PEER_CLIENTS} clients", theirs)
+        ratios |= against(load, found, name)
     if SEVERAL in found.rates:
         ratios[f"{load}_processes_vs_one"] = found.ratio(SEVERAL, ONE)
         ratios[f"{load}_processes_vs_raw"] = found.ratio(SEVERAL, "raw")
@@ -267,6 +268,21 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     alone = statistics.median(w.p50_ms for w in found.windows["ours, 1 clients"])
     key = "idle_overhead_ms" if load == "vga_tiny" else f"{load}_idle_overhead_ms"
     ratios[key] = alone - found.raw_single_ms
+    return ratios
+
+
+def against(load: str, found: Measured, peer: str) -> dict[str, float]:
+    """Ours over a peer: each with the clients that it does best with, and both with as many."""
+    asked = [n for n in CLIENTS if f"{peer}, {n} clients" in found.rates]
+
+    def best(name: str) -> str:
+        labels = [f"{name}, {n} clients" for n in asked]
+        return max(labels, key=lambda label: statistics.median(found.rates[label]))
+
+    ratios = {f"{load}_vs_{peer}": found.ratio(best("ours"), best(peer))}
+    for n in asked:
+        same = found.ratio(f"ours, {n} clients", f"{peer}, {n} clients")
+        ratios[f"{load}_vs_{peer}_{n}"] = same
     return ratios
 
 
