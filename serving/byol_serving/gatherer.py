@@ -4,8 +4,9 @@ Threads that share Python's lock lose some 50 µs each time that they hand it to
 more than a thumbnail takes through a small encoder. On the loop nothing is handed over; but a batch
 that left at once would be of one request nearly always, since the loop takes them in one by one. So
 a batch is held back while requests follow each other within `_LINGER_S`, or twice that while there
-are fewer than in the last batch; the loop goes on with its other work meanwhile. Where this brought
-nobody a few times, there is one client, whose requests leave at once.
+are fewer than in the last batch; the loop goes on with its other work meanwhile. Once as many are
+here as lately at most, nobody else is thought to ask, and the batch leaves at once. Where waiting
+brought nobody a few times, there is one client, whose requests leave at once too.
 """
 
 import asyncio
@@ -26,6 +27,11 @@ Rows = NDArray[np.float32]
 
 _LINGER_S = 0.0002
 """About three times as long as the loop takes to receive one more request."""
+_FORGOTTEN = 0.05
+"""Clients of those that are thought to ask, with each batch that had fewer: they may only be late,
+and where many ask, small batches cost more than waiting does."""
+_LOOK = 16
+"""Every so many batches it is seen whether more ask than is thought."""
 _ALONE = 16
 """Batches of one in a row after which requests are not held back any more: there is one client."""
 _TRY = 4
@@ -77,6 +83,9 @@ class Gatherer(Generic[Item]):
         """Items that a batch may have now, so that it keeps to its turn."""
         self._last_batch = 1
         """Requests in it."""
+        self._crowd = float(max_batch)
+        """Clients that are thought to ask at a time."""
+        self._batches = 0
         self._lone = 0
         """Batches of a single request in a row."""
         self.seconds_per_item = 0.0
@@ -120,7 +129,9 @@ class Gatherer(Generic[Item]):
         """Runs one batch, or looks again in the loop's next turn."""
         if not self._more_may_come() and (batch := self._take()):
             self._answer(batch)
+            self._batches += 1
             self._last_batch = len(batch)
+            self._crowd = max(len(batch), self._crowd - _FORGOTTEN)
             self._lone = self._lone + 1 if len(batch) == 1 else 0
         self._turn_is_due = bool(self._queue)
         if self._turn_is_due:
@@ -128,6 +139,8 @@ class Gatherer(Generic[Item]):
 
     def _more_may_come(self) -> bool:
         if self.queued >= self._size:
+            return False
+        if len(self._queue) >= max(2, self._crowd) and self._batches % _LOOK:
             return False
         if len(self._queue) == 1 and self._lone >= _ALONE and self._lone % _TRY:
             return False

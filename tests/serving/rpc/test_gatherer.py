@@ -61,6 +61,27 @@ async def test_a_client_by_itself_is_not_held_back_for_long() -> None:
     assert sum(at_once) > 40  # most of the later ones, on however busy a machine
 
 
+async def test_when_everybody_who_asks_is_there_nobody_waits_and_more_are_noticed() -> None:
+    run = Squares()
+    gatherer: Gatherer[int] = Gatherer(run, max_batch=8, name="inference")
+    steps: list[Step] = []
+    STEPS.set(steps)
+    for _ in range(400):
+        await asyncio.gather(*(gatherer.submit([number]) for number in range(3)))
+    last = [each.began - each.queued < 0.0002 for each in steps[-300:]]
+    assert sum(last) > 200  # most, on however busy a machine
+
+    async def late(number: int) -> None:
+        for _ in range(number):
+            await asyncio.sleep(0)
+        await gatherer.submit([number])
+
+    del run.batches[:]
+    for _ in range(40):
+        await asyncio.gather(*(late(number) for number in range(6)))
+    assert max(map(len, run.batches)) > 3
+
+
 async def test_a_full_batch_leaves_and_a_slow_one_makes_the_next_smaller() -> None:
     run = Squares(seconds=0.005)
     gatherer: Gatherer[int] = Gatherer(run, max_batch=8, name="inference")
