@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 _PATIENCE_S = 0.01
 """A batch of small items takes less."""
+_PARTS = 4
+"""In which a worker takes its share of the queue where answers are to come evenly: of eight
+photographs by two workers one at a time, of thirty-two three."""
 
 
 @dataclass(eq=False, slots=True)
@@ -103,7 +106,8 @@ class Batcher(Generic[Item, Results]):
             max_batch: items in one call of `run`.
             workers: calls of `run` at a time.
             share: divide what is queued among the free workers instead of filling one batch.
-            turn_s: CPU time that a batch should take at most, so that answers come evenly.
+            turn_s: CPU time that a batch should take at most, so that answers come evenly; shares
+                are then taken in parts, too.
             one_below_s: while an item takes less CPU time than this, one worker takes them all:
                 threads that share Python's lock lose more by waiting for each other than they win.
             name: of the threads, and of `run` as a step in a call's times.
@@ -285,7 +289,10 @@ class Batcher(Generic[Item, Results]):
             # large one, and then the others are not to wait behind it.
             busy = free < self._workers
             return 0 if busy and time.perf_counter() - self._left < _PATIENCE_S else size
-        return min(size, -(-self._queued // free)) if self._share else size
+        if not self._share:
+            return size
+        parts = free if math.isinf(self._turn_s) else _PARTS * self._workers
+        return max(1, min(size, -(-self._queued // parts)))
 
     def _in_time(self, job: _Job[Item, Results], now: float) -> int:
         """Size up to which a batch with this job in it ends before the job's deadline."""

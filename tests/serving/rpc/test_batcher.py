@@ -225,6 +225,17 @@ async def test_shared_work_is_divided_among_free_workers() -> None:
     assert sorted(map(len, gate.batches)) == [4, 4]
 
 
+async def test_shares_are_taken_in_parts_where_answers_are_to_come_evenly() -> None:
+    gate = Gate()
+    batcher = Batcher[int, list[int]](gate, max_batch=16, workers=2, share=True, turn_s=60)
+    gate.permits.release(100)
+    await batcher.submit(list(range(32)))
+    await batcher.close()
+    assert len(gate.batches[0]) == 4  # of 32 by two workers in four parts each
+    assert sum(map(len, gate.batches)) == 32
+    assert min(map(len, gate.batches)) == 1
+
+
 def budget(images: int = 8, size: int = 1000) -> Budget:
     return Budget(max_images=images, max_bytes=size, seconds_per_image=lambda: 0.1)
 
