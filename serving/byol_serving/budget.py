@@ -87,7 +87,8 @@ class Budget:
     def _give_back(self, claim: "Claim") -> None:
         self.images -= claim.images
         self.bytes -= claim.size
-        self._wake()
+        if self._waiting:
+            self._wake()
 
     def _wake(self) -> None:
         while self._waiting:

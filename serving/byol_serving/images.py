@@ -115,14 +115,22 @@ def to_input(pixels: Pixels, how: Preprocess) -> Pixels:
     return _fit(_Raster(pixels, width, height), how)
 
 
-def load_input(data: bytes, how: Preprocess, limits: ImageLimits | None = None) -> Pixels:
+def load_input(
+    data: bytes, how: Preprocess, limits: ImageLimits | None = None, header: Jpeg | None = None
+) -> Pixels:
     """An image file as the encoder's input, uint8 [size, size, 3]; raises as `decode` does.
 
     The same as `to_input(decode(data), how)`, but that a JPEG much larger than the input is scaled
     down while it is decoded, which changes the pixels by 0.5 to 2 of 255 on average.
+
+    Args:
+        data: an image file.
+        how: what it is to become.
+        limits: see `ImageLimits`.
+        header: what `plain_jpeg` says of it, where it was asked before.
     """
     at_least = math.ceil(how.size / how.crop_fraction)
-    raster = _decode(data, limits or ImageLimits(), at_least)
+    raster = _decode(data, limits or ImageLimits(), at_least, header)
     # Both crops are symmetric, so the turn may wait until there are few pixels to turn.
     return _upright(_fit(raster, how), raster.orientation)
 
@@ -142,28 +150,28 @@ class _Raster:
     """EXIF tag 0x0112: how to turn `pixels` upright."""
 
 
-def _decode(data: bytes, limits: ImageLimits, at_least: int) -> _Raster:
+def _decode(data: bytes, limits: ImageLimits, at_least: int, header: Jpeg | None = None) -> _Raster:
     """As `decode`; where `at_least` > 0, the short side may be scaled down as far as that."""
     _check_bytes(data, limits)
-    if (plain := plain_jpeg(data)) is not None:
+    if (plain := header or plain_jpeg(data)) is not None:
         _check_pixels(plain.width, plain.height, limits)
         return _decode_jpeg(data, plain, limits, at_least)
-    header = _open(data, limits)
+    opened = _open(data, limits)
     try:
-        with header:
-            if header.format == "JPEG" and header.mode in ("RGB", "L"):
-                jpeg = Jpeg(*header.size, orientation=header.getexif().get(0x0112, 1))
+        with opened:
+            if opened.format == "JPEG" and opened.mode in ("RGB", "L"):
+                jpeg = Jpeg(*opened.size, orientation=opened.getexif().get(0x0112, 1))
                 return _decode_jpeg(data, jpeg, limits, at_least)
-            kind = header.format or ""
+            kind = opened.format or ""
             scans = _scans(data) if kind in ("JPEG", "MPO") else 1
-            check_estimate(kind, *header.size, len(data), limits.max_seconds, scans=scans)
-            header.load()  # which turns a TIFF
-            pixels = _upright(_to_rgb(header), header.getexif().get(0x0112, 1))
+            check_estimate(kind, *opened.size, len(data), limits.max_seconds, scans=scans)
+            opened.load()  # which turns a TIFF
+            pixels = _upright(_to_rgb(opened), opened.getexif().get(0x0112, 1))
             return _Raster(pixels, pixels.shape[1], pixels.shape[0])
     except InvalidImage:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds of their own
-        raise InvalidImage(f"damaged {header.format} file ({_one_line(error)})") from error
+        raise InvalidImage(f"damaged {opened.format} file ({_one_line(error)})") from error
 
 
 def _fit(raster: _Raster, how: Preprocess) -> Pixels:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from byol_serving.rpc.calls import Finished
+from byol_serving.rpc.calls import Call
 
 slow_log = logging.getLogger("byol.slow")
 
@@ -91,7 +91,7 @@ class SlowLog:
         """`seconds` is the limit. Streams count too: give it what is slow for them."""
         self._seconds = seconds
 
-    def call_ended(self, call: Finished) -> None:
+    def call_ended(self, call: Call) -> None:
         """For `Calls`."""
         took = call.ended - call.began
         if took < self._seconds:

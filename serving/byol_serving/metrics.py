@@ -32,7 +32,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from byol_serving.gpu_memory import gpu_memory
-from byol_serving.rpc.calls import Finished
+from byol_serving.rpc.calls import Call
 from byol_serving.rpc.models import Models
 from byol_serving.timing import BatchRun
 
@@ -88,7 +88,7 @@ class Metrics:
         registry.register(_Present(models, in_flight))
         ProcessCollector(registry=registry)
 
-    def call_ended(self, call: Finished) -> None:
+    def call_ended(self, call: Call) -> None:
         """Counts a call; for `Calls`."""
         self._requests.labels(call.method, call.code).inc()
         self._seconds.labels(call.method).observe(call.ended - call.began)

@@ -6,11 +6,14 @@ Logs, metrics and traces all read these; nothing measures twice.
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Step:
-    """One request's way through one batcher; times on time.perf_counter()'s clock."""
+class Step(NamedTuple):
+    """One request's way through one batcher; times on time.perf_counter()'s clock.
+
+    Made once or twice for every call, and in a third of the time of a frozen dataclass.
+    """
 
     name: str
     """decode, inference or features."""

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from byol_serving.rpc.calls import TRACE_KEY, Finished
+from byol_serving.rpc.calls import TRACE_KEY, Call
 
 
 def otlp_provider(endpoint: str) -> TracerProvider:
@@ -44,7 +44,7 @@ class Spans:
         self._tracer = provider.get_tracer("byol_serving")
         self._propagator = TraceContextTextMapPropagator()
 
-    def call_ended(self, call: Finished) -> None:
+    def call_ended(self, call: Call) -> None:
         """For `Calls`."""
         now = time.time() - time.perf_counter()
 

@@ -10,7 +10,7 @@ from byol_serving.logs import SlowLog
 from byol_serving.metrics import Metrics
 from byol_serving.metrics_merged import merged
 from byol_serving.monitoring import Monitoring
-from byol_serving.rpc.calls import Calls, Finished
+from byol_serving.rpc.calls import Call, Calls
 from byol_serving.rpc.models import Models
 from byol_serving.timing import BatchRun
 
@@ -35,9 +35,9 @@ class Watching:
         Raises:
             InvalidConfig: tracing is asked for and OpenTelemetry is not installed.
         """
-        self.calls: list[Callable[[Finished], None]] = []
+        self.calls: list[Callable[[Call], None]] = []
         """Told of each call that has ended ..."""
-        self.forwarded: list[Callable[[Finished], None]] = []
+        self.forwarded: list[Callable[[Call], None]] = []
         """... and of those that another process of the server has passed on, and counts."""
         self._in_flight: Callable[[], int] = lambda: 0
         self._ready: Callable[[], bool] = lambda: False

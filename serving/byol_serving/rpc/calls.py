@@ -5,9 +5,9 @@ import logging
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from contextvars import ContextVar
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -26,29 +26,13 @@ _OURS = ("/byol.", "/inference.")
 
 log = logging.getLogger("byol.rpc")
 
+METADATA: ContextVar[Iterable[tuple[str, str | bytes]]] = ContextVar("METADATA", default=())
+"""What the caller sent beside the request, in the task that gRPC makes for a call. It reads them to
+find the handler; to have them read once more takes as long as to parse a small request."""
+
 _GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """A call that was answered or given up."""
-
-    method: str
-    """As gRPC has it: /byol.v1.Embedder/Embed."""
-    code: str
-    error: str
-    """Name of the error's class; empty if there was none."""
-    began: float
-    """On time.perf_counter()'s clock."""
-    ended: float
-    request_id: str
-    caller: str
-    """Name of the caller's token; empty where there is none."""
-    trace_parent: str
-    """W3C trace context of the caller; empty if there is none."""
-    steps: Sequence[Step]
 
 
 class Calls:
@@ -59,12 +43,12 @@ class Calls:
     """
 
     def __init__(
-        self, watchers: Sequence[Callable[[Finished], None]] = (), gate: Gate | None = None
+        self, watchers: "Sequence[Callable[[Call], None]]" = (), gate: Gate | None = None
     ) -> None:
         """Accepts calls at once.
 
         Args:
-            watchers: told of each call when it has ended.
+            watchers: told of each call when it was answered or given up.
             gate: who may call what; None: everybody everything.
         """
         self._watchers = watchers
@@ -104,9 +88,9 @@ class Calls:
             answer: Any = handler.unary_unary
 
             async def unary(data: bytes, context: _Context) -> Any:
-                call = _Call(self, method, context)
+                call = Call(self, method, context)
                 try:
-                    call.caller = self._gate.admit(method, call.authorization)
+                    call.token = self._gate.admit(method, call.authorization)
                     response = await answer(parse(data), context)
                 except BaseException as error:
                     await call.fail(error)
@@ -120,20 +104,20 @@ class Calls:
         stream: Any = handler.stream_stream
 
         async def streaming(datas: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
-            call = _Call(self, method, context)
+            call = Call(self, method, context)
 
             async def paced() -> AsyncIterator[Any]:
                 first = True
                 async for each in datas:
                     if not first:  # which `admit` has counted
-                        await self._gate.pace(call.caller)
+                        await self._gate.pace(call.token)
                     first = False
                     yield parse(each)
 
             requests = paced()
             try:
                 self._admit()
-                call.caller = self._gate.admit(method, call.authorization)
+                call.token = self._gate.admit(method, call.authorization)
                 async with aclosing(stream(requests, context)) as responses:
                     async for response in responses:
                         yield response
@@ -151,17 +135,15 @@ class Calls:
 
     def began(self) -> None:
         """Counts a call in."""
+        if not self.in_flight:
+            self._idle.clear()
         self.in_flight += 1
-        self._idle.clear()
 
-    def ended(self) -> None:
-        """Counts a call out."""
+    def ended(self, call: "Call") -> None:
+        """Counts a call out, and tells those who watch."""
         self.in_flight -= 1
         if not self.in_flight:
             self._idle.set()
-
-    def tell(self, call: Finished) -> None:
-        """Tells those who watch."""
         for watch in self._watchers:
             watch(call)
 
@@ -185,23 +167,51 @@ def _parser(method: str, handler: _Handler) -> Callable[[bytes], Any]:
     return parse
 
 
-class _Call:
-    """One call from its first to its last moment."""
+class Call:
+    """One call from its first to its last moment; what those who watch are told."""
+
+    __slots__ = (
+        "_calls",
+        "_context",
+        "_trailers",
+        "authorization",
+        "began",
+        "code",
+        "ended",
+        "error",
+        "method",
+        "request_id",
+        "steps",
+        "token",
+        "trace_parent",
+    )
 
     def __init__(self, calls: Calls, method: str, context: _Context) -> None:
-        self._calls, self._method, self._context = calls, method, context
-        self._began = time.perf_counter()
-        metadata = dict(context.invocation_metadata() or ())
-        self.id = _request_id(metadata.get(REQUEST_ID_KEY))
+        """Begins now."""
+        self._calls, self._context = calls, context
+        self.method = method
+        """As gRPC has it: /byol.v1.Embedder/Embed."""
+        self.began = self.ended = time.perf_counter()
+        metadata = dict(METADATA.get())
+        self.request_id = _request_id(metadata.get(REQUEST_ID_KEY))
         self.authorization = metadata.get(AUTHORIZATION_KEY)
-        self.caller: Token | None = None
-        self._trace_parent = str(metadata.get(TRACE_KEY, ""))
-        self._trailers: Pairs = ((REQUEST_ID_KEY, self.id),)
-        self._steps: list[Step] = []
+        self.token: Token | None = None
+        """The caller's."""
+        self.trace_parent = str(metadata.get(TRACE_KEY, ""))
+        """W3C trace context of the caller; empty if there is none."""
+        self.code = self.error = ""
+        """The status, and the name of the error's class, if there was one."""
+        self.steps: list[Step] = []
         if calls.watched:
-            STEPS.set(self._steps)  # of this call's own task, and of those it starts
+            STEPS.set(self.steps)  # of this call's own task, and of those it starts
+        self._trailers: Pairs = ((REQUEST_ID_KEY, self.request_id),)
         context.set_trailing_metadata(self._trailers)
         calls.began()
+
+    @property
+    def caller(self) -> str:
+        """Name of the caller's token; empty where there is none."""
+        return self.token.name if self.token else ""
 
     async def fail(self, error: BaseException) -> NoReturn:
         """Ends the call with the status of `error`."""
@@ -219,13 +229,14 @@ class _Call:
             case Exception() if not isinstance(error, grpc.aio.AbortError):
                 log.error(
                     "unexpected error request_id=%s",
-                    self.id,
+                    self.request_id,
                     exc_info=error,
-                    extra={"request_id": self.id},
+                    extra={"request_id": self.request_id},
                 )
                 self.end("INTERNAL", type(error).__name__, "unexpected")
                 text = (
-                    f"internal error; the server's log has the details under request id {self.id}"
+                    "internal error; the server's log has the details under request id"
+                    f" {self.request_id}"
                 )
                 await self._context.abort(grpc.StatusCode.INTERNAL, text, self._trailers)
             case _:  # cancelled by the client, by its deadline, or by the end of the drain
@@ -234,41 +245,28 @@ class _Call:
 
     def end(self, code: str, error: str = "", reason: str = "") -> None:
         """Counts the call out and writes its line."""
-        self._calls.ended()
-        ended = time.perf_counter()
-        caller = self.caller.name if self.caller else ""
-        if self._calls.watched:
-            call = Finished(
-                method=self._method,
-                code=code,
-                error=error,
-                began=self._began,
-                ended=ended,
-                request_id=self.id,
-                caller=caller,
-                trace_parent=self._trace_parent,
-                steps=self._steps,
-            )
-            self._calls.tell(call)
+        self.code, self.error = code, error
+        self.ended = time.perf_counter()
+        self._calls.ended(self)
         if not log.isEnabledFor(logging.INFO):
             return
-        took = (ended - self._began) * 1000
+        took = (self.ended - self.began) * 1000
         log.info(
             "method=%s code=%s ms=%.2f request_id=%s peer=%s%s%s",
-            self._method,
+            self.method,
             code,
             took,
-            self.id,
+            self.request_id,
             self._context.peer(),
-            f" caller={caller}" if caller else "",
+            f" caller={self.caller}" if self.caller else "",
             f" reason={reason!r}" if reason else "",
             extra={
-                "method": self._method,
+                "method": self.method,
                 "code": code,
                 "ms": took,
-                "request_id": self.id,
+                "request_id": self.request_id,
                 "peer": self._context.peer(),
-                "caller": caller,
+                "caller": self.caller,
                 "reason": reason,
             },
         )

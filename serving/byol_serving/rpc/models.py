@@ -149,8 +149,9 @@ class Held:
 
     def __enter__(self) -> Model:
         """The model."""
+        if not self._model.requests:
+            self._model.idle.clear()
         self._model.requests += 1
-        self._model.idle.clear()
         return self._model
 
     def __exit__(

@@ -22,7 +22,7 @@ from byol_serving.decoder import decode_all
 from byol_serving.errors import InvalidImage, InvalidRequest
 from byol_serving.gatherer import Gatherer
 from byol_serving.images import Pixels, Preprocess
-from byol_serving.jpeg_header import plain_jpeg
+from byol_serving.jpeg_header import Jpeg, plain_jpeg
 from byol_serving.timing import BatchRun, note
 
 Embeddings = NDArray[np.float32]
@@ -136,8 +136,8 @@ class Pipeline:
         """
         size = sum(map(len, images)) + len(images) * self._pixel_bytes
         with await self.claim(len(images), size, wait=wait):
-            if self._worth_no_thread(images):
-                return await self._at_once(images, deadline)
+            if (headers := self._worth_no_thread(images)) is not None:
+                return await self._at_once(images, headers, deadline)
             if self._both is not None:
                 rows = _good(await self._both.submit(images, deadline=deadline))
                 return rows[0][None] if len(rows) == 1 else np.stack(rows)
@@ -209,21 +209,25 @@ class Pipeline:
             return await self.budget.wait_for(images, size)
         return self.budget.claim(images, size)
 
-    def _worth_no_thread(self, images: Sequence[bytes]) -> bool:
-        """Whether to decode these on the event loop, by what their headers promise."""
+    def _worth_no_thread(self, images: Sequence[bytes]) -> list[Jpeg] | None:
+        """The headers of what is best decoded on the event loop; None: the threads are."""
         if not self._small_input or len(images) > _AT_ONCE:
-            return False
+            return None
+        headers = []
         for data in images:
             header = plain_jpeg(data) if len(data) <= _AT_ONCE_BYTES else None
             if header is None or header.many_scans:
-                return False
+                return None
             if header.width * header.height > _AT_ONCE_SIDE**2:
-                return False
-        return True
+                return None
+            headers.append(header)
+        return headers
 
-    async def _at_once(self, images: Sequence[bytes], deadline: float | None) -> Embeddings:
+    async def _at_once(
+        self, images: Sequence[bytes], headers: list[Jpeg], deadline: float | None
+    ) -> Embeddings:
         began = time.perf_counter()
-        frames = _good([self._decode_all(images)])
+        frames = _good([self._decode_all(images, headers=headers)])
         ended = time.perf_counter()
         note("decode", len(images), began, began, ended)
         if self._watch is not None:

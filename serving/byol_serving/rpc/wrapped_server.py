@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from byol_serving.rpc.calls import Calls
+from byol_serving.rpc.calls import METADATA, Calls
 
 
 class WrappedServer(grpc.aio.Server):
@@ -62,6 +62,7 @@ class _Wrapped(grpc.GenericRpcHandler):
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """The wrapped handler of the method; None: it is not of this service."""
         method = handler_call_details.method
+        METADATA.set(handler_call_details.invocation_metadata)
         known = self._calls.known(method)
         if known is not None:
             return known

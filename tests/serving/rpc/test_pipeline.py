@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from byol_serving.config import ServeConfig
 from byol_serving.encoder import Encoder
 from byol_serving.errors import InvalidImage, Unavailable
-from byol_serving.images import ImageLimits, Pixels, Preprocess, load_input
+from byol_serving.images import Pixels, load_input
 from byol_serving.rpc.pipeline import Pipeline
 from byol_serving.timing import STEPS, BatchRun, Step
 from serving.support import encoded, make_bundle, random_pixels, reference
@@ -125,9 +126,9 @@ async def test_what_may_take_long_is_never_decoded_on_the_event_loop(
 ) -> None:
     threads: list[threading.Thread] = []
 
-    def watched(data: bytes, how: Preprocess, limits: ImageLimits) -> Pixels:
+    def watched(data: bytes, *how: Any) -> Pixels:
         threads.append(threading.current_thread())
-        return load_input(data, how, limits)
+        return load_input(data, *how)
 
     monkeypatch.setattr("byol_serving.decoder.load_input", watched)
     small = Image.fromarray(PIXELS[0])
