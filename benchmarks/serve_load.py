@@ -4,8 +4,9 @@ Three loads: VGA photographs with ResNet-18 at 224; the same with a tiny encoder
 with a tiny encoder, where the server and not the model is measured. `raw` decodes and runs ONNX
 Runtime in one process with as many threads and batches as our server, and no server; `bare gRPC`
 receives the same requests and does nothing. Together they give the ceiling of a server whose
-clients share its cores, as here. `raw_in_flight` is how evenly the machine itself answers: plain
-threads with eight images in flight, and neither server nor clients. With the tiny encoders several
+clients share its cores, as here, and `p99_vs_p50_LOAD_bare` is how evenly gRPC alone answers.
+`raw_in_flight` is how evenly the machine itself does: plain threads with eight images in flight, and
+neither server nor clients. With the tiny encoders several
 processes of ours are held against one that serves as many connections. All servers are alive
 together and are measured in rotating windows, while the others are stopped; peers decode with our
 decoder.
@@ -52,7 +53,6 @@ EVEN = 8
 PEERS = ("litserve", "pytriton")
 PEER_CLIENTS = 32
 """Where a model bounds them all; of thumbnails, peers are asked by as many clients as ours."""
-BARE = f"bare gRPC, {PEER_CLIENTS} clients"
 PROCESSES = max(2, available_cpus() // 4)
 CONNECTIONS = 32
 """Which the system spreads over the processes; one client each."""
@@ -150,8 +150,8 @@ def measure(
         slow, quick = load.name == "resnet18", seconds < 1
         most = (8 if slow else 32) if quick else max(CLIENTS)
         plan = [(f"ours, {n} clients", "ours", n, 1) for n in CLIENTS if n <= most]
-        plan += [(BARE, "bare", PEER_CLIENTS, 1)]
         crowds = [n for n in CLIENTS[1:] if n <= most] if load.name == "tiny" else [PEER_CLIENTS]
+        plan += [(bare_label(n), "bare", n, 1) for n in sorted({EVEN, *crowds})]
         plan += [(f"{name}, {n} clients", name, n, 1) for name in peers for n in crowds]
         if "processes" in servers:
             plan += [(ONE, "ours", CONNECTIONS, CONNECTIONS)]
@@ -254,7 +254,7 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     busy = max(ours_all, key=lambda name: found.ratio(name, "raw"))
     names = {"resnet18": "saturated_vs_raw", "vga_tiny": "vga_tiny_vs_raw", "tiny": "tiny_vs_raw"}
     ratios = {names[load]: found.ratio(busy, "raw")}
-    ratios[f"{load}_vs_ceiling"] = found.ratio(busy, "raw") / ceiling_vs_raw(found)
+    ratios[f"{load}_vs_ceiling"] = found.ratio(busy, "raw") / ceiling_vs_raw(found, PEER_CLIENTS)
     for name in peers:
         ratios |= against(load, found, name)
     if SEVERAL in found.rates:
@@ -262,6 +262,7 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
         ratios[f"{load}_processes_vs_raw"] = found.ratio(SEVERAL, "raw")
     ratios[f"p99_vs_p50_{load}"] = unevenness(found.windows[f"ours, {EVEN} clients"])
     ratios[f"p99_vs_p50_{load}_raw"] = percentile_99(found.raw_shares)
+    ratios[f"p99_vs_p50_{load}_bare"] = unevenness(found.windows[bare_label(EVEN)])
     for clients in CLIENTS[2:]:
         if crowded := found.windows.get(f"ours, {clients} clients"):
             ratios[f"p99_vs_p50_{load}_{clients}"] = unevenness(crowded)
@@ -283,15 +284,22 @@ def against(load: str, found: Measured, peer: str) -> dict[str, float]:
     for n in asked:
         same = found.ratio(f"ours, {n} clients", f"{peer}, {n} clients")
         ratios[f"{load}_vs_{peer}_{n}"] = same
+        ceiling = ceiling_vs_raw(found, n) * found.ratio("raw", f"{peer}, {n} clients")
+        ratios[f"{load}_ceiling_vs_{peer}_{n}"] = ceiling
     return ratios
 
 
-def ceiling_vs_raw(found: Measured) -> float:
+def ceiling_vs_raw(found: Measured, clients: int) -> float:
     """Of the raw loop, what is left for a server whose calls cost no more than gRPC's own.
 
     Both saturate the cores, which the clients share: an image takes 1 / raw + 1 / bare seconds.
     """
-    return 1 / (1 + found.ratio("raw", BARE))
+    return 1 / (1 + found.ratio("raw", bare_label(clients)))
+
+
+def bare_label(clients: int) -> str:
+    """Of its windows."""
+    return f"bare gRPC, {clients} clients"
 
 
 def unevenness(windows: list[Window]) -> float:
