@@ -41,7 +41,7 @@ _PATIENCE_S = 0.01
 """A batch of small items takes less."""
 _PARTS = 4
 """In which a worker takes its share of the queue where answers are to come evenly: of eight
-photographs by two workers one at a time, of thirty-two three."""
+photographs by two workers one at a time, of thirty-two at most four."""
 
 
 @dataclass(eq=False, slots=True)
