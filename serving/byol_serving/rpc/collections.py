@@ -319,7 +319,7 @@ class CollectionsService(byol_pb2_grpc.CollectionsServicer):
         info = await self._searches.run(lambda: store.get(name).info, deadline=deadline_of(context))
         with self._models.making(info.encoder_id, info.name) as model:
             return await model.pipeline.embed_images(
-                list(images), deadline=deadline_of(context), wait=wait
+                images, deadline=deadline_of(context), wait=wait
             )
 
     def _store(self) -> Store:

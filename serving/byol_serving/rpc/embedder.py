@@ -129,7 +129,7 @@ def _images(
 ) -> Sequence[bytes] | Pixels:
     """The request's files, or its pixels uint8 [N, S, S, 3]."""
     if not request.HasField("pixels"):
-        return list(request.images)  # the message copies a file each time that it is asked for it
+        return request.images
     if request.images:
         raise InvalidRequest("the request has both images and pixels; send one of them")
     return tensor_to_pixels(request.pixels, model.info.preprocess.size)

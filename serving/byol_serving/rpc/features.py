@@ -109,6 +109,7 @@ class Features:
             )
         size = len(images) * (values * 4 + self._info.preprocess.size**2 * 3)
         if not isinstance(images, np.ndarray):
+            images = list(images)  # as in `Pipeline.embed_images`
             size += sum(map(len, images))
         with await self._pipeline.claim(len(images), size, wait=wait):
             pixels: Sequence[Pixels] | Pixels

@@ -76,7 +76,7 @@ class ImagesToVectors:
         info: pb.Collection = await self._collections.GetCollection(wanted)
         check_claimed_encoder(info.name, info.encoder_id, request.encoder_id)
         with self._models.making(info.encoder_id, info.name) as model:
-            rows = await model.pipeline.embed_images(list(images), deadline=deadline, wait=wait)
+            rows = await model.pipeline.embed_images(images, deadline=deadline, wait=wait)
         request.encoder_id = info.encoder_id
         return rows
 

@@ -134,9 +134,10 @@ class Pipeline:
             InvalidImage: names the position of the first bad image.
             Overloaded, DeadlinePassed, Unavailable: nothing is wrong with the images.
         """
+        images = list(images)  # a message copies a file each time that it is asked for it
         size = sum(map(len, images)) + len(images) * self._pixel_bytes
         with await self.claim(len(images), size, wait=wait):
-            if (headers := self._worth_no_thread(images)) is not None:
+            if (headers := self._thumbnails(images)) is not None:
                 return await self._at_once(images, headers, deadline)
             if self._both is not None:
                 rows = _good(await self._both.submit(images, deadline=deadline))
@@ -209,8 +210,8 @@ class Pipeline:
             return await self.budget.wait_for(images, size)
         return self.budget.claim(images, size)
 
-    def _worth_no_thread(self, images: Sequence[bytes]) -> list[Jpeg] | None:
-        """The headers of what is best decoded on the event loop; None: the threads are."""
+    def _thumbnails(self, images: Sequence[bytes]) -> list[Jpeg] | None:
+        """The headers, if all are so small that the event loop decodes them; None: threads do."""
         if not self._small_input or len(images) > _AT_ONCE:
             return None
         headers = []
