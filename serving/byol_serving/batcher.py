@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_serving.errors import DeadlinePassed, Unavailable
+from byol_serving.own_cores import OwnCores
 from byol_serving.timing import BatchRun, note
 
 Item = TypeVar("Item")
@@ -92,6 +93,7 @@ class Batcher(Generic[Item, Results]):
         share: bool = False,
         turn_s: float = math.inf,
         one_below_s: float = 0.0,
+        cores: Sequence[int] = (),
         name: str = "batch",
         watch: Callable[[str, BatchRun], None] | None = None,
     ) -> None:
@@ -110,6 +112,7 @@ class Batcher(Generic[Item, Results]):
                 are then taken in parts, too.
             one_below_s: while an item takes less CPU time than this, one worker takes them all:
                 threads that share Python's lock lose more by waiting for each other than they win.
+            cores: one for each worker, whose thread is then kept on it (see `OwnCores`).
             name: of the threads, and of `run` as a step in a call's times.
             watch: told of each step of each batch when the batch is done, on the event loop.
         """
@@ -127,6 +130,7 @@ class Batcher(Generic[Item, Results]):
         self._closed = False
         self._workers = workers
         self._threads: list[threading.Thread] = []
+        self._cores = OwnCores(cores)
         self._todo: queue.SimpleQueue[list[_Slice[Item, Results]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self.seconds_per_item = 0.0
@@ -214,16 +218,19 @@ class Batcher(Generic[Item, Results]):
 
     def _add_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         # Not an executor: its futures and locks cost as much as decoding a thumbnail does.
-        name = f"{self._name}_{len(self._threads)}"
-        thread = threading.Thread(target=self._serve, args=(loop,), name=name, daemon=True)
+        worker = len(self._threads)
+        name = f"{self._name}_{worker}"
+        thread = threading.Thread(target=self._serve, args=(worker, loop), name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _serve(self, worker: int, loop: asyncio.AbstractEventLoop) -> None:
         """A worker thread's life."""
+        self._cores.hold(worker)
         while (slices := self._todo.get()) is not None:
             while slices:
                 done = self._work(slices)
+                self._cores.ran(worker, done.times[-1] - done.times[0], done.cpu_s)
                 with self._lock:
                     self._learn(done)
                     more, late = self._take(self._free + 1)

@@ -23,6 +23,7 @@ from byol_serving.errors import InvalidImage, InvalidRequest
 from byol_serving.gatherer import Gatherer
 from byol_serving.images import Pixels, Preprocess
 from byol_serving.jpeg_header import Jpeg, plain_jpeg
+from byol_serving.own_cores import cores_for
 from byol_serving.timing import BatchRun, note
 
 Embeddings = NDArray[np.float32]
@@ -106,6 +107,7 @@ class Pipeline:
                 share=True,
                 turn_s=_DECODE_TURN_S,
                 one_below_s=_THUMBNAIL_S,
+                cores=cores_for(config.decode_workers),
                 name="decode",
                 watch=watch,
             )
