@@ -21,10 +21,11 @@ from typing import Any
 
 WHEELS = (
     # Serving and FAISS, for CUDA 13.
-    *("onnxruntime-gpu==1.31.1", "flatbuffers", "faiss-gpu-cuvs==1.15.1"),
+    *("onnxruntime-gpu==1.31.1", "faiss-gpu-cuvs==1.15.1"),
     *("libcuvs-cu13==26.6.*", "libraft-cu13==26.6.*", "librmm-cu13==26.6.*", "rapids-logger"),
     # What our packages import beside them.
-    *("click", "grpcio-health-checking<1.79", "grpcio-reflection<1.79", "llvmlite", "numba"),
+    *("click", "cuda-bindings==13.*", "cuda-pathfinder", "flatbuffers", "llvmlite", "numba"),
+    *("grpcio-health-checking<1.79", "grpcio-reflection<1.79"),
     *("nvidia-ml-py", "onnx-ir", "onnxscript", "prometheus-client", "rich", "safetensors"),
     *("simplejpeg", "uvloop"),
 )

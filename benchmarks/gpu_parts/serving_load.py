@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from gpu_parts import graphs
+from gpu_parts import copies, graphs
 from gpu_parts.rows import Asked, Row
 from load_material import photographs, pixels_of, untrained_resnet
 from load_servers import Window, our_server
@@ -101,4 +101,5 @@ CHECKS = {
     "ResNet-18 at 224": resnet18,
     "ResNet-50 at 224": resnet50,
     "CUDA graphs": graphs.resnet18,
+    "pinned memory": copies.to_device,
 }

@@ -11,7 +11,8 @@ How the sessions are laid out, by measurement on a CPU (docs/performance.md):
 - The arena stays on: without it a third of the throughput is lost to allocation.
 
 On a GPU there is one session, and each worker has buffers of its own for batches padded to a few
-sizes, because every new shape makes CUDA allocate and choose its algorithms again.
+sizes, because every new shape makes CUDA allocate and choose its algorithms again. A batch is
+gathered in pinned memory, from which the GPU copies it.
 """
 
 import os
@@ -35,6 +36,7 @@ from byol_serving.bundle import (
 )
 from byol_serving.errors import InvalidBundle, InvalidConfig, InvalidRequest
 from byol_serving.images import Pixels
+from byol_serving.pinned_memory import pinned_zeros
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 Embeddings = NDArray[np.float32]
@@ -262,7 +264,8 @@ class _Binding:
         self, session: ort.InferenceSession, shape: tuple[int, ...], device: str, device_id: int
     ) -> None:
         self._session = session
-        self._host = np.zeros(shape, np.uint8)
+        on_gpu = device != "cpu"
+        self._host = pinned_zeros(shape, device_id) if on_gpu else np.zeros(shape, np.uint8)
         self._input = ort.OrtValue.ortvalue_from_numpy(self._host, device, device_id)
         self._io = session.io_binding()
         self._io.bind_ortvalue_input("images", self._input)
