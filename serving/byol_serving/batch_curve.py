@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ENOUGH = 0.95
-"""Part of the best throughput that a batch must reach: a larger one only adds latency."""
+_ENOUGH = 0.95
+"""Part of the best throughput from which on a larger batch mostly adds latency."""
+_BEST = 0.99
+"""Part that is as good as all of it."""
 _BUDGET_S = 1.0
 _RUNS = 3
 """The fastest counts: whatever else the machine does only makes a run slower."""
@@ -19,10 +21,18 @@ class BatchCurve:
     seconds: dict[int, float]
 
     @property
+    def enough(self) -> int:
+        """The smallest batch that is worth filling while others wait for a worker."""
+        return self._reaching(_ENOUGH)
+
+    @property
     def best(self) -> int:
-        """The smallest batch whose throughput is within `ENOUGH` of the best one's."""
+        """The smallest batch that no larger one outdoes."""
+        return self._reaching(_BEST)
+
+    def _reaching(self, part: float) -> int:
         rates = {size: size / max(took, 1e-9) for size, took in self.seconds.items()}
-        return next(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
+        return next(size for size, rate in rates.items() if rate >= part * max(rates.values()))
 
 
 def sizes_up_to(limit: int) -> list[int]:

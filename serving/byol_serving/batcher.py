@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 0.01
 """A batch of small items takes less."""
 _PARTS = 4
-"""In which a worker takes its share of the queue where answers are to come evenly: of eight
-photographs by two workers one at a time, of thirty-two at most four."""
+"""In which a worker takes its share of the queue where answers are to come evenly: of eight images
+by two workers one at a time, of thirty-two four."""
 
 
 @dataclass(eq=False, slots=True)
@@ -91,6 +91,7 @@ class Batcher(Generic[Item, Results]):
         max_batch: int,
         workers: int = 1,
         share: bool = False,
+        enough: int = 0,
         turn_s: float = math.inf,
         one_below_s: float = 0.0,
         cores: Sequence[int] = (),
@@ -108,8 +109,9 @@ class Batcher(Generic[Item, Results]):
             max_batch: items in one call of `run`.
             workers: calls of `run` at a time.
             share: divide what is queued among the free workers instead of filling one batch.
-            turn_s: CPU time that a batch should take at most, so that answers come evenly; shares
-                are then taken in parts, too.
+            enough: items up to which a worker takes its whole share; beyond them it takes a part,
+                so that answers come evenly. 0: `max_batch`.
+            turn_s: CPU time that a batch should take at most, so that answers come evenly.
             one_below_s: while an item takes less CPU time than this, one worker takes them all:
                 threads that share Python's lock lose more by waiting for each other than they win.
             cores: one for each worker, whose thread is then kept on it (see `OwnCores`).
@@ -121,6 +123,7 @@ class Batcher(Generic[Item, Results]):
         self._steps = {name: run, **then}
         self._max_batch = max_batch
         self._share = share
+        self._enough = enough or max_batch
         self._turn_s = turn_s
         self._one_below_s = one_below_s
         self._free = workers
@@ -298,8 +301,8 @@ class Batcher(Generic[Item, Results]):
             return 0 if busy and time.perf_counter() - self._left < _PATIENCE_S else size
         if not self._share:
             return size
-        parts = free if math.isinf(self._turn_s) else _PARTS * self._workers
-        return max(1, min(size, -(-self._queued // parts)))
+        whole, part = (-(-self._queued // ways) for ways in (free, _PARTS * self._workers))
+        return max(1, min(size, max(part, min(self._enough, whole))))
 
     def _in_time(self, job: _Job[Item, Results], now: float) -> int:
         """Size up to which a batch with this job in it ends before the job's deadline."""

@@ -193,6 +193,7 @@ def _load(
         encoder.embed,
         bundle.info.preprocess,
         config,
+        enough=min(curve.enough, max_batch),
         together=together,
         watch=watch,
     )

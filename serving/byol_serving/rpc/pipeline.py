@@ -58,6 +58,7 @@ class Pipeline:
         preprocess: Preprocess,
         config: ServeConfig,
         *,
+        enough: int = 0,
         together: bool = False,
         watch: Callable[[str, BatchRun], None] | None = None,
     ) -> None:
@@ -67,6 +68,8 @@ class Pipeline:
             embed: the encoder's: uint8 [N, S, S, 3] to float32 [N, D], blocking, thread-safe.
             preprocess: of the encoder's bundle.
             config: with `max_batch` and both numbers of workers as they are to be, not 0.
+            enough: images that one inference should have before there is another, if they wait;
+                0: as many as it may have.
             together: let the decoding threads do the inference of their images too.
             watch: told of each batch of each step.
         """
@@ -81,6 +84,7 @@ class Pipeline:
             max_batch=_DECODE_CHUNK,
             workers=config.decode_workers,
             share=True,
+            enough=1,
             turn_s=_DECODE_TURN_S,
             one_below_s=_THUMBNAIL_S,
             name="decode",
@@ -91,13 +95,14 @@ class Pipeline:
             max_batch=config.max_batch,
             workers=config.inference_workers,
             share=True,
+            enough=enough,
             name="inference",
             watch=watch,
         )
         self._both: Batcher[bytes, list[Row | InvalidImage]] | None = None
         self._gathered: Gatherer[Pixels] | None = None
         if together:
-            most = min(_GATHERED, config.max_batch)
+            most = min(_GATHERED, enough or config.max_batch)
             self._gathered = Gatherer(self._infer, max_batch=most, name="inference", watch=watch)
             self._both = Batcher(
                 decoded,
@@ -105,6 +110,7 @@ class Pipeline:
                 max_batch=min(_DECODE_CHUNK, config.max_batch),
                 workers=config.decode_workers,
                 share=True,
+                enough=1,
                 turn_s=_DECODE_TURN_S,
                 one_below_s=_THUMBNAIL_S,
                 cores=cores_for(config.decode_workers),

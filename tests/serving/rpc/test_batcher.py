@@ -225,15 +225,23 @@ async def test_shared_work_is_divided_among_free_workers() -> None:
     assert sorted(map(len, gate.batches)) == [4, 4]
 
 
-async def test_shares_are_taken_in_parts_where_answers_are_to_come_evenly() -> None:
+@pytest.mark.parametrize(
+    ("enough", "largest"),
+    [
+        (1, 4),  # of 32 by two workers in four parts each
+        (3, 4),
+        (8, 8),
+        (0, 16),  # the whole share
+    ],
+)
+async def test_shares_beyond_what_is_enough_are_taken_in_parts(enough: int, largest: int) -> None:
     gate = Gate()
-    batcher = Batcher[int, list[int]](gate, max_batch=16, workers=2, share=True, turn_s=60)
+    batcher = Batcher[int, list[int]](gate, max_batch=16, workers=2, share=True, enough=enough)
     gate.permits.release(100)
     await batcher.submit(list(range(32)))
     await batcher.close()
-    assert len(gate.batches[0]) == 4  # of 32 by two workers in four parts each
+    assert len(gate.batches[0]) == max(map(len, gate.batches)) == largest
     assert sum(map(len, gate.batches)) == 32
-    assert min(map(len, gate.batches)) == 1
 
 
 def budget(images: int = 8, size: int = 1000) -> Budget:
