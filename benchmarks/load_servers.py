@@ -270,7 +270,12 @@ def peer(name: str, load: Load, scratch: Path) -> Server:
     }
     facts = _PEERS[name] | {"address": f"127.0.0.1:{port}"}
     script = HERE / "peers" / f"{name}_peer.py"
-    return Server(name, [str(PEER_PYTHON), str(script), json.dumps(setup)], facts, bodies)
+    command = [str(PEER_PYTHON), str(script), json.dumps(setup)]
+    try:
+        return Server(name, command, facts, bodies)
+    except SystemExit as failure:  # pytriton was seen to start without its model, once in many runs
+        print(f"{failure}; starting it once more", file=sys.stderr)
+        return Server(name, command, facts, bodies)
 
 
 def free_port() -> int:
