@@ -9,6 +9,7 @@ But a thread that is held cannot leave a core that another process takes, and wh
 comes late. A worker that falls behind the others is therefore let go for a while.
 """
 
+import math
 import os
 import time
 from collections.abc import Collection, Sequence
@@ -38,15 +39,17 @@ class OwnCores:
     def __init__(self, cores: Sequence[int]) -> None:
         """`cores` has one number for each worker; empty: all run where the system likes."""
         self._cores = cores
-        self._delays = [1.0] * len(cores)
-        """Moving averages of how long a batch takes, in multiples of its CPU time."""
+        self._delays = [math.inf] * len(cores)
+        """Moving averages of how long a batch takes, in multiples of its CPU time; infinite for
+        workers that have not begun."""
         self._free_until = [0.0] * len(cores)
         """On time.monotonic()'s clock; 0 while held."""
 
     def hold(self, worker: int) -> None:
         """Keeps the calling thread on the core of `worker`."""
         if self._cores:
-            self._delays[worker] = min(self._delays)
+            least = min(self._delays)
+            self._delays[worker] = 1.0 if math.isinf(least) else least
             self._free_until[worker] = 0.0
             _run_on([self._cores[worker]])
 

@@ -41,7 +41,8 @@ def pinned_zeros(shape: tuple[int, ...], device_id: int) -> NDArray[np.uint8]:
             log.warning("%d bytes are not pinned, GPU %d: %s", size, device_id, error.name)
         return np.zeros(shape, np.uint8)
     buffer = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(buffer, runtime.cudaFreeHost, address)
+    # Not when the process ends, while threads may still work on it.
+    weakref.finalize(buffer, runtime.cudaFreeHost, address).atexit = False
     array: NDArray[np.uint8] = np.frombuffer(memoryview(buffer), np.uint8).reshape(shape)
     array.fill(0)
     return array

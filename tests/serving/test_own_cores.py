@@ -44,6 +44,7 @@ def test_a_worker_that_falls_behind_is_let_go_for_a_while(monkeypatch: pytest.Mo
     cores = OwnCores([everywhere[0], everywhere[-1]])
 
     def work() -> list[set[int]]:
+        cores.hold(1)  # the other worker, whose thread this is not
         cores.hold(0)
         seen = [here()]
         for _ in range(200):
@@ -63,11 +64,26 @@ def test_a_worker_that_falls_behind_is_let_go_for_a_while(monkeypatch: pytest.Mo
     assert here() == set(everywhere)
 
 
-def test_one_stopped_process_lets_nobody_go() -> None:
-    core = min(here())
-    cores = OwnCores([core, core])
+def test_a_worker_that_has_not_begun_is_nobody_to_fall_behind() -> None:
+    everywhere = sorted(here())
+    cores = OwnCores([everywhere[0], everywhere[-1]])
 
     def work() -> set[int]:
+        cores.hold(0)
+        for _ in range(200):
+            cores.ran(0, 0.0060, 0.0020)
+        return here()
+
+    assert in_a_thread(work) == {everywhere[0]}
+
+
+def test_one_stopped_process_lets_nobody_go() -> None:
+    everywhere = sorted(here())
+    core = everywhere[0]
+    cores = OwnCores([core, everywhere[-1]])
+
+    def work() -> set[int]:
+        cores.hold(1)
         cores.hold(0)
         for wall in (0.003,) * 50 + (60.0,) + (0.003,) * 50:
             cores.ran(0, wall, 0.002)
