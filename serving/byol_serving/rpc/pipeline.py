@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,10 +78,10 @@ class Pipeline:
         self._small_input = preprocess.size <= _AT_ONCE_SIDE
         self._pixel_bytes = preprocess.size**2 * 3
         self._max_batch = config.max_batch
-        self._decode_all = decoded = partial(decode_all, how=preprocess, limits=config.limits)
-        self._decoding: Batcher[bytes, list[Pixels | InvalidImage]] = Batcher(
-            decoded,
-            max_batch=_DECODE_CHUNK,
+        self._decode_all = partial(decode_all, how=preprocess, limits=config.limits)
+        decoder = partial(
+            Batcher[bytes, Any],
+            self._decode_all,
             workers=config.decode_workers,
             share=True,
             enough=1,
@@ -89,6 +89,9 @@ class Pipeline:
             one_below_s=_THUMBNAIL_S,
             name="decode",
             watch=watch,
+        )
+        self._decoding: Batcher[bytes, list[Pixels | InvalidImage]] = decoder(
+            max_batch=_DECODE_CHUNK
         )
         self._inference: Batcher[Pixels, Embeddings] = Batcher(
             self._infer,
@@ -104,18 +107,10 @@ class Pipeline:
         if together:
             most = min(_GATHERED, enough or config.max_batch)
             self._gathered = Gatherer(self._infer, max_batch=most, name="inference", watch=watch)
-            self._both = Batcher(
-                decoded,
+            self._both = decoder(
                 then={"inference": self._infer_good},
                 max_batch=min(_DECODE_CHUNK, config.max_batch),
-                workers=config.decode_workers,
-                share=True,
-                enough=1,
-                turn_s=_DECODE_TURN_S,
-                one_below_s=_THUMBNAIL_S,
                 cores=cores_for(config.decode_workers),
-                name="decode",
-                watch=watch,
             )
         self.budget = Budget(
             max_images=config.max_queued_images,
