@@ -32,7 +32,7 @@ class _Constant(grpc.GenericRpcHandler):
 async def main() -> None:
     """Serves until it is killed."""
     port, size = map(int, sys.argv[1:])
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
     server.add_generic_rpc_handlers([_Constant(bytes(size))])
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()

@@ -1,11 +1,12 @@
 """Clients of one server, in a process of their own: benchmarks/serve_load.py starts it.
 
-The first line on stdin says where the server is and gives files with ready-made request bodies, so
-that the clients cost as little as possible; each further line is a window of load and is answered
+The first line on stdin says where the server is; each further line is a window of load, names a
+folder of ready-made request bodies, so that the clients cost as little as possible, and is answered
 with what happened in it. Closed loop: each client sends the next request when it has an answer.
 """
 
 import asyncio
+import functools
 import itertools
 import json
 import sys
@@ -26,19 +27,20 @@ Send = Callable[[bytes], Awaitable[int]]
 async def main() -> None:
     """Serves the windows."""
     setup = json.loads(sys.stdin.readline())
-    bodies = itertools.cycle(read_all(Path(setup["bodies"])))
     connect = grpc_sender if setup["protocol"] == "grpc" else http_sender
     print(json.dumps({"ready": True}), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
         window = json.loads(line)
         senders = await connect(setup, window["clients"], window["connections"])
-        answer = await load(senders, bodies, window["seconds"], setup["answer_bytes"])
+        bodies = all_in(Path(window["bodies"]))
+        answer = await load(senders, bodies, window["seconds"], window["answer_bytes"])
         print(json.dumps(answer), flush=True)
 
 
-def read_all(folder: Path) -> list[bytes]:
-    """The files of a folder, in order."""
-    return [path.read_bytes() for path in sorted(folder.iterdir())]
+@functools.cache
+def all_in(folder: Path) -> Iterator[bytes]:
+    """The files of a folder in order, again and again; where the last window left off."""
+    return itertools.cycle([path.read_bytes() for path in sorted(folder.iterdir())])
 
 
 async def load(
@@ -81,7 +83,7 @@ async def load(
     stopping = True  # and not cancelled: peers were seen to hang after calls that were given up
     await asyncio.gather(*clients)
     return {
-        "images": sum(
+        "requests": sum(
             max(0.0, min(done, ended) - max(sent, began)) / (done - sent) for sent, done in calls
         ),
         "latencies": [done - sent for sent, done in calls if began <= done <= ended],

@@ -28,7 +28,7 @@ _START_S = 90.0
 _PATIENCE_S = 90.0
 """For what a window takes beyond its seconds; a lost call ends after load_client.CALL_S."""
 _ANSWER_BYTES = 4 * DIM
-"""At least, in each answer."""
+"""At least, in each answer, for each image."""
 _EDGE = "edge-of-a-part"
 _OURS = {"protocol": "grpc", "method": "/byol.v1.Embedder/Embed"}
 _PEERS: dict[str, dict[str, str]] = {
@@ -40,6 +40,14 @@ _PEERS: dict[str, dict[str, str]] = {
     "pytriton": {"protocol": "grpc", "method": "/inference.GRPCInferenceService/ModelInfer"},
 }
 """How each server is asked."""
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """Ready-made requests: the files of a folder, and the images in each."""
+
+    folder: Path
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,14 +78,15 @@ class Server:
     """A server in a process group of its own, with a process of clients beside it."""
 
     def __init__(
-        self, name: str, command: Sequence[str], facts: dict[str, Any], bodies: Path
+        self, name: str, command: Sequence[str], facts: dict[str, Any], bodies: Bodies
     ) -> None:
         """Starts both; `facts` says where it will be and how it is asked."""
         self.name = name
+        self._bodies = bodies
         self.address: str = facts["address"]
         self._family: set[int] = set()
         with ExitStack() as stack:
-            log = stack.enter_context((bodies.parent / f"{bodies.name}.log").open("w"))
+            log = stack.enter_context(bodies.folder.with_suffix(".log").open("w"))
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -97,17 +106,25 @@ class Server:
                 text=True,
             )
             stack.callback(self._clients.kill)
-            self._ask({**facts, "bodies": str(bodies), "answer_bytes": _ANSWER_BYTES})
+            self._ask(facts)
             self._wait_until_it_answers()
             self._stack = stack.pop_all()
 
-    def window(self, clients: int, seconds: float, connections: int = 1) -> Window:
-        """Closed-loop load by so many clients, who share the connections where that is gRPC."""
+    def window(
+        self, clients: int, seconds: float, connections: int = 1, bodies: Bodies | None = None
+    ) -> Window:
+        """Closed-loop load by so many clients, who share the connections where that is gRPC.
+
+        `bodies`: what they send, if not what the server was started with.
+        """
+        bodies = bodies or self._bodies
         began, before = time.monotonic(), self._cpu_s()
-        answer = self._ask({"clients": clients, "seconds": seconds, "connections": connections})
+        load = {"clients": clients, "seconds": seconds, "connections": connections}
+        answer_bytes = _ANSWER_BYTES * bodies.images
+        answer = self._ask(load | {"bodies": str(bodies.folder), "answer_bytes": answer_bytes})
         # Of the window and the moments before and after it, when the load was the same.
         used = (self._cpu_s() - before) * answer["seconds"] / (time.monotonic() - began)
-        images = max(answer["images"], 1e-9)
+        images = max(answer["requests"] * bodies.images, 1e-9)
         return Window(
             images_per_s=images / answer["seconds"],
             latencies_ms=sorted(1000 * each for each in answer["latencies"]),
@@ -223,29 +240,32 @@ class Server:
 def ours(load: Load, scratch: Path, processes: int = 1) -> Server:
     """`byol serve`."""
     return our_server(
-        load.bundle, _embed_bodies(load, scratch / f"{load.name}-ours-{processes}"), processes
+        load.bundle, embed_bodies(load, scratch / f"{load.name}-ours-{processes}"), processes
     )
 
 
-def bare(load: Load, scratch: Path) -> Server:
-    """GRPC that receives the same requests and does nothing with them."""
+def bare(load: Load, scratch: Path, images: int = 1) -> Server:
+    """GRPC that receives requests of so many images and does nothing with them."""
     port = free_port()
-    command = [sys.executable, str(HERE / "bare_server.py"), str(port), str(_ANSWER_BYTES)]
+    size = str(_ANSWER_BYTES * images)
+    command = [sys.executable, str(HERE / "bare_server.py"), str(port), size]
     facts = _OURS | {"address": f"127.0.0.1:{port}"}
-    return Server("bare", command, facts, _embed_bodies(load, scratch / f"{load.name}-bare"))
+    bodies = embed_bodies(load, scratch / f"{load.name}-bare-{images}", images)
+    return Server("bare", command, facts, bodies)
 
 
-def _embed_bodies(load: Load, folder: Path) -> Path:
-    """A new folder of serialised EmbedRequests, one for each image."""
+def embed_bodies(load: Load, folder: Path, images: int = 1) -> Bodies:
+    """A new folder of serialised EmbedRequests, each of so many of the images."""
     folder.mkdir()
-    for path in load.images.iterdir():
-        request = pb.EmbedRequest(images=[path.read_bytes()])
-        (folder / path.name).write_bytes(request.SerializeToString())
-    return folder
+    paths = sorted(load.images.iterdir())
+    for at in range(0, len(paths) - images + 1, images):
+        request = pb.EmbedRequest(images=[path.read_bytes() for path in paths[at : at + images]])
+        (folder / paths[at].name).write_bytes(request.SerializeToString())
+    return Bodies(folder, images)
 
 
-def our_server(bundle: Bundle, bodies: Path, processes: int = 1) -> Server:
-    """`byol serve` with clients that send serialised EmbedRequests, the files in `bodies`."""
+def our_server(bundle: Bundle, bodies: Bodies, processes: int = 1) -> Server:
+    """`byol serve` with clients that send serialised EmbedRequests."""
     port = free_port()
     command = [sys.executable, "-m", "byol_cli.main", "serve", "--json", "--port", str(port)]
     facts = _OURS | {"address": f"127.0.0.1:{port}"}
@@ -272,10 +292,10 @@ def peer(name: str, load: Load, scratch: Path) -> Server:
     script = HERE / "peers" / f"{name}_peer.py"
     command = [str(PEER_PYTHON), str(script), json.dumps(setup)]
     try:
-        return Server(name, command, facts, bodies)
+        return Server(name, command, facts, Bodies(bodies))
     except SystemExit as failure:  # pytriton was seen to start without its model, once in many runs
         print(f"{failure}; starting it once more", file=sys.stderr)
-        return Server(name, command, facts, bodies)
+        return Server(name, command, facts, Bodies(bodies))
 
 
 def free_port() -> int:

@@ -7,13 +7,12 @@ receives the same requests and does nothing. Together they give the ceiling of a
 clients share its cores, as here, and `p99_vs_p50_LOAD_bare` is how evenly gRPC alone answers.
 `raw_in_flight` is how evenly the machine itself does: plain threads with eight images in flight,
 and neither server nor clients. With the tiny encoders several processes of ours are held against
-one that serves as many connections. All servers are alive together and are measured in rotating
-windows, while the others are stopped; peers decode with our decoder.
+one that serves as many connections, and clients also send lists, as those do who have many images.
+All servers are alive together and are measured in rotating windows, while the others are stopped;
+peers decode with our decoder.
 """
 
-import itertools
 import math
-import queue
 import signal
 import statistics
 import sys
@@ -37,19 +36,19 @@ from load_material import (
     untrained_resnet,
     write_images,
 )
-from load_servers import Server, Window, bare, ours, peer
+from load_raw import EVEN, raw_in_flight, raw_loop, raw_single_ms
+from load_servers import Bodies, Server, Window, bare, embed_bodies, ours, peer
 
-from byol_serving.batch_curve import BatchCurve
 from byol_serving.bundle import Bundle, cosine_distance
 from byol_serving.config import available_cpus
 from byol_serving.encoder import Encoder
-from byol_serving.images import Pixels, load_input
+from byol_serving.images import Pixels
 from harness import Options, Rate, interleaved, options, report
 
 CLIENTS = (1, 8, 32, 128)
-EVEN = 8
-"""Clients whose latencies are to be even."""
 PEERS = ("litserve", "pytriton")
+OF_TINY = ("processes", "bare lists")
+"""Servers that are measured with the tiny encoders only."""
 PEER_CLIENTS = 32
 """Where a model bounds them all; of thumbnails, peers are asked by as many clients as ours."""
 PROCESSES = max(2, available_cpus() // 4)
@@ -57,8 +56,25 @@ CONNECTIONS = 32
 """Which the system spreads over the processes; one client each."""
 ONE = f"1 process, {CONNECTIONS} channels"
 SEVERAL = f"{PROCESSES} processes, {CONNECTIONS} channels"
-MOST_IN_A_BATCH = 16
-"""Of the raw loop: larger batches of decoding win nothing, and make its windows coarse."""
+IN_A_CALL = 16
+"""Images, where whole lists are sent."""
+LISTS = 8
+"""Clients who send them, over a connection each."""
+ONE_LISTS = f"1 process, lists of {IN_A_CALL}"
+SEVERAL_LISTS = f"{PROCESSES} processes, lists of {IN_A_CALL}"
+BARE_LISTS = f"bare gRPC, lists of {IN_A_CALL}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One window of each round."""
+
+    label: str
+    server: str
+    clients: int
+    connections: int = 1
+    bodies: Bodies | None = None
+    """What is sent, if not single images."""
 
 
 @dataclass(frozen=True)
@@ -133,28 +149,13 @@ def measure(
     rates: dict[str, list[float]] = {}
     windows: dict[str, list[Window]] = {}
     with ExitStack() as stack:
-        servers: dict[str, Server] = {"ours": ours(load, scratch)}
-        stack.callback(servers["ours"].stop)
-        servers["bare"] = bare(load, scratch)
-        stack.callback(servers["bare"].stop)
-        if load.name != "resnet18":  # which the encoder bounds, in any number of processes
-            servers["processes"] = ours(load, scratch, PROCESSES)
-            stack.callback(servers["processes"].stop)
-        for name in peers:
-            servers[name] = peer(name, load, scratch)
+        servers: dict[str, Server] = {}
+        for name in ("ours", "bare", *peers, *([] if load.name == "resnet18" else OF_TINY)):
+            servers[name] = started(name, load, scratch)
             stack.callback(servers[name].stop)
-        for server in servers.values():
-            server.sleep()
-        # Many requests to a large encoder take seconds, which a quick run does not have.
-        slow, quick = load.name == "resnet18", seconds < 1
-        most = (8 if slow else 32) if quick else max(CLIENTS)
-        plan = [(f"ours, {n} clients", "ours", n, 1) for n in CLIENTS if n <= most]
-        crowds = [n for n in CLIENTS[1:] if n <= most] if load.name == "tiny" else [PEER_CLIENTS]
-        plan += [(bare_label(n), "bare", n, 1) for n in sorted({EVEN, *crowds})]
-        plan += [(f"{name}, {n} clients", name, n, 1) for name in peers for n in crowds]
-        if "processes" in servers:
-            plan += [(ONE, "ours", CONNECTIONS, CONNECTIONS)]
-            plan += [(SEVERAL, "processes", CONNECTIONS, CONNECTIONS)]
+            servers[name].sleep()
+        lists = embed_bodies(load, scratch / f"{load.name}-lists", IN_A_CALL)
+        plan = planned(load, peers, lists, quick=seconds < 1)
         single = raw_single_ms(files, load.bundle, encoder, seconds)
         shares: list[float] = []
         for number in range(rounds + 1):
@@ -164,87 +165,49 @@ def measure(
             if number:
                 rates.setdefault("raw", []).append(raw)
                 shares += latency_shares(latencies)
-            for label, name, clients, connections in plan:
-                with servers[name].awake() as server:
-                    window = server.window(clients, lasts, connections)
+            for step in plan:
+                with servers[step.server].awake() as server:
+                    window = server.window(step.clients, lasts, step.connections, step.bodies)
                 if number:
-                    rates.setdefault(label, []).append(window.images_per_s)
-                    windows.setdefault(label, []).append(window)
+                    rates.setdefault(step.label, []).append(window.images_per_s)
+                    windows.setdefault(step.label, []).append(window)
         memory = {name: server.memory_mb() for name, server in servers.items()}
     return Measured(rates, windows, memory, single, shares)
 
 
-def raw_loop(
-    files: list[bytes], encoder: Encoder, curve: BatchCurve, bundle: Bundle, seconds: float
-) -> float:
-    """Images a second of decoding and inference, each in threads of its own, a queue between."""
-    how, batch = bundle.info.preprocess, min(curve.best, MOST_IN_A_BATCH)
-    source, lock = itertools.cycle(files), threading.Lock()
-    decoded: queue.Queue[Pixels | None] = queue.Queue(maxsize=4)
-    ended: list[float] = []
-    ends = time.perf_counter() + seconds
-
-    def decode() -> None:
-        while time.perf_counter() < ends:
-            with lock:
-                taken = list(itertools.islice(source, batch))
-            decoded.put(np.stack([load_input(data, how) for data in taken]))
-        decoded.put(None)
-
-    def infer() -> None:
-        while (pixels := decoded.get()) is not None:
-            encoder.embed(pixels)
-            ended.append(time.perf_counter())
-
-    threads = [
-        threading.Thread(target=step) for step in (decode, infer) for _ in range(encoder.workers)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    # From the first batch, when the pipeline is full, to the last of those that began in time.
-    within = sorted(each for each in ended if each <= ends) or sorted(ended)
-    return (len(within) - 1) * batch / max(within[-1] - within[0], 1e-9)
+def started(name: str, load: Load, scratch: Path) -> Server:
+    """One of the servers that are measured."""
+    match name:
+        case "ours":
+            return ours(load, scratch)
+        case "processes":
+            return ours(load, scratch, PROCESSES)
+        case "bare":
+            return bare(load, scratch)
+        case "bare lists":
+            return bare(load, scratch, IN_A_CALL)
+        case _:
+            return peer(name, load, scratch)
 
 
-def raw_in_flight(
-    files: list[bytes], encoder: Encoder, bundle: Bundle, seconds: float
-) -> list[float]:
-    """Seconds that images took, EVEN of which are queued or being worked on at any time."""
-    waiting: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
-    source, took = itertools.cycle(files), []
-    for data in itertools.islice(source, EVEN):
-        waiting.put((time.perf_counter(), data))
-    ends = time.perf_counter() + seconds
-
-    def work() -> None:
-        while time.perf_counter() < ends:
-            queued, data = waiting.get()
-            encoder.embed(load_input(data, bundle.info.preprocess)[None])
-            now = time.perf_counter()
-            took.append(now - queued)
-            waiting.put((now, next(source)))
-
-    threads = [threading.Thread(target=work) for _ in range(encoder.workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return took
-
-
-def raw_single_ms(files: list[bytes], bundle: Bundle, encoder: Encoder, seconds: float) -> float:
-    """The median time of one image alone: decoded and embedded by a plain call."""
-    times = []
-    ends = time.perf_counter() + seconds
-    for data in itertools.cycle(files):
-        began = time.perf_counter()
-        encoder.embed(load_input(data, bundle.info.preprocess)[None])
-        times.append(time.perf_counter() - began)
-        if time.perf_counter() > ends:
-            break
-    return 1000 * statistics.median(times)
+def planned(load: Load, peers: tuple[str, ...], lists: Bodies, *, quick: bool) -> list[Step]:
+    """The windows of a round."""
+    # Many requests to a large encoder take seconds, which a quick run does not have.
+    slow = load.name == "resnet18"
+    most = (8 if slow else 32) if quick else max(CLIENTS)
+    crowds = [n for n in CLIENTS[1:] if n <= most] if load.name == "tiny" else [PEER_CLIENTS]
+    plan = [Step(f"ours, {n} clients", "ours", n) for n in CLIENTS if n <= most]
+    plan += [Step(bare_label(n), "bare", n) for n in sorted({EVEN, *crowds})]
+    plan += [Step(f"{name}, {n} clients", name, n) for name in peers for n in crowds]
+    if not slow:  # which the encoder bounds, in any number of processes and calls
+        plan += [
+            Step(ONE, "ours", CONNECTIONS, CONNECTIONS),
+            Step(SEVERAL, "processes", CONNECTIONS, CONNECTIONS),
+            Step(ONE_LISTS, "ours", LISTS, LISTS, lists),
+            Step(SEVERAL_LISTS, "processes", LISTS, LISTS, lists),
+            Step(BARE_LISTS, "bare lists", LISTS, LISTS),
+        ]
+    return plan
 
 
 def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, float]:
@@ -253,12 +216,16 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     busy = max(ours_all, key=lambda name: found.ratio(name, "raw"))
     names = {"resnet18": "saturated_vs_raw", "vga_tiny": "vga_tiny_vs_raw", "tiny": "tiny_vs_raw"}
     ratios = {names[load]: found.ratio(busy, "raw")}
-    ratios[f"{load}_vs_ceiling"] = found.ratio(busy, "raw") / ceiling_vs_raw(found, PEER_CLIENTS)
+    ceiling = ceiling_vs_raw(found, bare_label(PEER_CLIENTS))
+    ratios[f"{load}_vs_ceiling"] = found.ratio(busy, "raw") / ceiling
     for name in peers:
         ratios |= against(load, found, name)
     if SEVERAL in found.rates:
         ratios[f"{load}_processes_vs_one"] = found.ratio(SEVERAL, ONE)
         ratios[f"{load}_processes_vs_raw"] = found.ratio(SEVERAL, "raw")
+        ratios[f"{load}_lists_vs_raw"] = found.ratio(ONE_LISTS, "raw")
+        ratios[f"{load}_processes_lists_vs_raw"] = found.ratio(SEVERAL_LISTS, "raw")
+        ratios[f"{load}_ceiling_of_lists_vs_raw"] = ceiling_vs_raw(found, BARE_LISTS)
     ratios[f"p99_vs_p50_{load}"] = unevenness(found.windows[f"ours, {EVEN} clients"])
     ratios[f"p99_vs_p50_{load}_raw"] = percentile_99(found.raw_shares)
     ratios[f"p99_vs_p50_{load}_bare"] = unevenness(found.windows[bare_label(EVEN)])
@@ -283,17 +250,17 @@ def against(load: str, found: Measured, peer: str) -> dict[str, float]:
     for n in asked:
         same = found.ratio(f"ours, {n} clients", f"{peer}, {n} clients")
         ratios[f"{load}_vs_{peer}_{n}"] = same
-        ceiling = ceiling_vs_raw(found, n) * found.ratio("raw", f"{peer}, {n} clients")
+        ceiling = ceiling_vs_raw(found, bare_label(n)) * found.ratio("raw", f"{peer}, {n} clients")
         ratios[f"{load}_ceiling_vs_{peer}_{n}"] = ceiling
     return ratios
 
 
-def ceiling_vs_raw(found: Measured, clients: int) -> float:
+def ceiling_vs_raw(found: Measured, bare: str) -> float:
     """Of the raw loop, what is left for a server whose calls cost no more than gRPC's own.
 
     Both saturate the cores, which the clients share: an image takes 1 / raw + 1 / bare seconds.
     """
-    return 1 / (1 + found.ratio("raw", bare_label(clients)))
+    return 1 / (1 + found.ratio("raw", bare))
 
 
 def bare_label(clients: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from gpu_parts import copies, graphs
 from gpu_parts.rows import Asked, Row
 from load_material import photographs, pixels_of, untrained_resnet
-from load_servers import Window, our_server
+from load_servers import Bodies, Window, our_server
 
 from byol_serving.bundle import Bundle
 from byol_serving.encoder import GPU_MAX_BATCH, Encoder
@@ -76,7 +76,7 @@ def _served(
     bodies.mkdir()
     for number, request in enumerate(requests):
         (bodies / f"{number:04}").write_bytes(request.SerializeToString())
-    server = our_server(bundle, bodies)
+    server = our_server(bundle, Bodies(bodies, size))
     try:
         clients, seconds = ((1, 2), 2.0) if asked.quick else (CLIENTS, 5.0)
         windows = [(count, server.window(count, seconds)) for count in clients]
@@ -92,7 +92,7 @@ def _served(
     count, half = min(windows, key=from_half)
     load = f"{half.images_per_s / most:.0%} of the best, {count} clients, {size} images a request"
     return [
-        Row(what=f"{name}: over gRPC", value=size * most, unit="images/s"),
+        Row(what=f"{name}: over gRPC", value=most, unit="images/s"),
         Row(what=f"{name}: p99 at half load", value=half.p99_ms, unit="ms", note=load),
     ]
 
