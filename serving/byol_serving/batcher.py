@@ -6,7 +6,9 @@ there is no delay to tune. The server uses this twice, once for decoding and onc
 once for both where the encoder takes less time than another thread takes to wake up.
 
 A worker takes its next batch itself, in its own thread: a round through the event loop between two
-batches left it idle for a tenth of the time. Only idle workers are given theirs by the loop.
+batches left it idle for a tenth of the time. Only idle workers are given theirs by the loop. But
+first it lets the loop go before it, which it has just woken to hand the answers out: where all
+cores are busy they waited for 0.5 ms otherwise, and one in a hundred for 2.8.
 
 What bounds the queue is a `byol_serving.budget.Budget`.
 """
@@ -14,6 +16,7 @@ What bounds the queue is a `byol_serving.budget.Budget`.
 import asyncio
 import logging
 import math
+import os
 import queue
 import sys
 import threading
@@ -234,16 +237,30 @@ class Batcher(Generic[Item, Results]):
             while slices:
                 done = self._work(slices)
                 self._cores.ran(worker, done.times[-1] - done.times[0], done.cpu_s)
+                self._call(loop, self._deliver, slices, done)
+                os.sched_yield()
                 with self._lock:
                     self._learn(done)
-                    more, late = self._take(self._free + 1)
-                    self._free += not more
-                try:
-                    loop.call_soon_threadsafe(self._deliver, loop, slices, done, late)
-                except RuntimeError:  # the loop is closed: nobody waits for the answer
-                    log.debug("a batch finished after its event loop closed")
-                slices = more
-                del done, late, more  # or they would hold the images until the next batch is done
+                    slices, late = self._take(self._free + 1)
+                    self._free += not slices
+                    left_some = not slices and self._queued > 0
+                if late or left_some:
+                    self._call(loop, self._look_after, loop, late)
+                del done, late  # or they would hold the images until the next batch is done
+
+    def _call(
+        self, loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object
+    ) -> None:
+        """Has the event loop call it; from a worker thread."""
+        try:
+            loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # the loop is closed: nobody waits for the answer
+            log.debug("a batch finished after its event loop closed")
+
+    def _look_after(self, loop: asyncio.AbstractEventLoop, late: list[_Job[Item, Results]]) -> None:
+        """A worker that looked for its next batch met late requests, or left some for another."""
+        _fail(late)
+        self._pump(loop)
 
     def _take(self, free: int) -> tuple[list[_Slice[Item, Results]], list[_Job[Item, Results]]]:
         """The next batch, and the requests in front of it whose deadline has passed.
@@ -335,17 +352,8 @@ class Batcher(Generic[Item, Results]):
         before = cpu if math.isinf(self._cpu_per_item) else self._cpu_per_item
         self._cpu_per_item = before + (cpu - before) * 0.2
 
-    def _deliver(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        slices: list[_Slice[Item, Results]],
-        done: _Done[Results],
-        late: list[_Job[Item, Results]],
-    ) -> None:
+    def _deliver(self, slices: list[_Slice[Item, Results]], done: _Done[Results]) -> None:
         """Hands the answers of a batch out, on the event loop."""
-        if self._free:
-            self._pump(loop)  # first, so that the worker is busy again meanwhile
-        _fail(late)
         offset = 0
         for job, start, end in slices:
             count = end - start

@@ -172,6 +172,27 @@ async def test_small_items_keep_to_one_worker_unless_it_stays_away(gate: Gate) -
     assert gate.batches == [[0], [1, 2], [3]]
 
 
+async def test_what_a_worker_leaves_to_another_that_stays_away_is_taken_all_the_same(
+    gate: Gate,
+) -> None:
+    batcher = Batcher[int, list[int]](gate, max_batch=8, workers=2, share=True, one_below_s=1)
+    gate.permits.release(1)
+    await batcher.submit([0])
+    await busy(gate)
+    waiting = [asyncio.ensure_future(batcher.submit([1]))]
+    await busy(gate)
+    waiting.append(asyncio.ensure_future(batcher.submit([2])))
+    await busy(gate)  # both workers are in batches now
+    waiting.append(asyncio.ensure_future(batcher.submit([3])))
+    await asyncio.sleep(0)
+    gate.permits.release(1)  # one of them ends, and leaves the small item to the other
+    await busy(gate)  # which does not come
+    gate.permits.release(2)
+    await asyncio.gather(*waiting)
+    await batcher.close()
+    assert gate.batches == [[0], [1], [2], [3]]
+
+
 async def test_items_that_take_long_leave_in_small_batches() -> None:
     batches: list[int] = []
 
