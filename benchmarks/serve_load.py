@@ -84,7 +84,7 @@ class Measured:
     rates: dict[str, list[float]]
     windows: dict[str, list[Window]]
     memory_mb: dict[str, float]
-    raw_single_ms: float
+    raw_single_ms: list[float]
     raw_shares: list[float]
     """Latencies of `raw_in_flight` over their medians."""
 
@@ -156,15 +156,17 @@ def measure(
             servers[name].sleep()
         lists = embed_bodies(load, scratch / f"{load.name}-lists", IN_A_CALL)
         plan = planned(load, peers, lists, quick=seconds < 1)
-        single = raw_single_ms(files, load.bundle, encoder, seconds)
+        singles: list[float] = []
         shares: list[float] = []
         for number in range(rounds + 1):
             lasts = seconds if number else min(seconds, 1.0)
             raw = raw_loop(files, encoder, curve, load.bundle, lasts)
             latencies = raw_in_flight(files, encoder, load.bundle, lasts)
+            single = raw_single_ms(files, load.bundle, encoder, lasts)
             if number:
                 rates.setdefault("raw", []).append(raw)
                 shares += latency_shares(latencies)
+                singles.append(single)
             for step in plan:
                 with servers[step.server].awake() as server:
                     window = server.window(step.clients, lasts, step.connections, step.bodies)
@@ -172,7 +174,7 @@ def measure(
                     rates.setdefault(step.label, []).append(window.images_per_s)
                     windows.setdefault(step.label, []).append(window)
         memory = {name: server.memory_mb() for name, server in servers.items()}
-    return Measured(rates, windows, memory, single, shares)
+    return Measured(rates, windows, memory, singles, shares)
 
 
 def started(name: str, load: Load, scratch: Path) -> Server:
@@ -232,9 +234,9 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     for clients in CLIENTS[2:]:
         if crowded := found.windows.get(f"ours, {clients} clients"):
             ratios[f"p99_vs_p50_{load}_{clients}"] = unevenness(crowded)
-    alone = statistics.median(w.p50_ms for w in found.windows["ours, 1 clients"])
+    alone = zip(found.windows["ours, 1 clients"], found.raw_single_ms, strict=True)
     key = "idle_overhead_ms" if load == "vga_tiny" else f"{load}_idle_overhead_ms"
-    ratios[key] = alone - found.raw_single_ms
+    ratios[key] = statistics.median(window.p50_ms - raw for window, raw in alone)
     return ratios
 
 
@@ -289,7 +291,8 @@ def percentile_99(values: list[float]) -> float:
 
 def print_windows(load: Load, found: Measured) -> None:
     """What the report's table has no columns for."""
-    print(f"\n{load.name}: one image alone takes {found.raw_single_ms:.2f} ms raw")
+    single = statistics.median(found.raw_single_ms)
+    print(f"\n{load.name}: one image alone takes {single:.2f} ms raw")
     print(f"  {'':24}images/s   p50 ms   p99 ms  CPU ms/image  of clients   failed")
     for label, windows in found.windows.items():
 
