@@ -29,6 +29,8 @@ _PATIENCE_S = 90.0
 """For what a window takes beyond its seconds; a lost call ends after load_client.CALL_S."""
 _ANSWER_BYTES = 4 * DIM
 """At least, in each answer, for each image."""
+IN_A_LIST = 16
+"""Images in one call, of clients that send lists."""
 _EDGE = "edge-of-a-part"
 _OURS = {"protocol": "grpc", "method": "/byol.v1.Embedder/Embed"}
 _PEERS: dict[str, dict[str, str]] = {
@@ -78,11 +80,16 @@ class Server:
     """A server in a process group of its own, with a process of clients beside it."""
 
     def __init__(
-        self, name: str, command: Sequence[str], facts: dict[str, Any], bodies: Bodies
+        self,
+        name: str,
+        command: Sequence[str],
+        facts: dict[str, Any],
+        bodies: Bodies,
+        lists: Bodies | None = None,
     ) -> None:
         """Starts both; `facts` says where it will be and how it is asked."""
         self.name = name
-        self._bodies = bodies
+        self._bodies, self._lists = bodies, lists
         self.address: str = facts["address"]
         self._family: set[int] = set()
         with ExitStack() as stack:
@@ -111,13 +118,10 @@ class Server:
             self._stack = stack.pop_all()
 
     def window(
-        self, clients: int, seconds: float, connections: int = 1, bodies: Bodies | None = None
+        self, clients: int, seconds: float, connections: int = 1, *, lists: bool = False
     ) -> Window:
-        """Closed-loop load by so many clients, who share the connections where that is gRPC.
-
-        `bodies`: what they send, if not what the server was started with.
-        """
-        bodies = bodies or self._bodies
+        """Closed-loop load by so many clients, who share the connections where that is gRPC."""
+        bodies = self._lists if lists and self._lists else self._bodies
         began, before = time.monotonic(), self._cpu_s()
         load = {"clients": clients, "seconds": seconds, "connections": connections}
         answer_bytes = _ANSWER_BYTES * bodies.images
@@ -239,9 +243,11 @@ class Server:
 
 def ours(load: Load, scratch: Path, processes: int = 1) -> Server:
     """`byol serve`."""
-    return our_server(
-        load.bundle, embed_bodies(load, scratch / f"{load.name}-ours-{processes}"), processes
+    bodies, lists = (
+        embed_bodies(load, scratch / f"{load.name}-ours-{processes}-{images}", images)
+        for images in (1, IN_A_LIST)
     )
+    return our_server(load.bundle, bodies, processes, lists)
 
 
 def bare(load: Load, scratch: Path, images: int = 1) -> Server:
@@ -264,27 +270,34 @@ def embed_bodies(load: Load, folder: Path, images: int = 1) -> Bodies:
     return Bodies(folder, images)
 
 
-def our_server(bundle: Bundle, bodies: Bodies, processes: int = 1) -> Server:
+def our_server(
+    bundle: Bundle, bodies: Bodies, processes: int = 1, lists: Bodies | None = None
+) -> Server:
     """`byol serve` with clients that send serialised EmbedRequests."""
     port = free_port()
     command = [sys.executable, "-m", "byol_cli.main", "serve", "--json", "--port", str(port)]
     facts = _OURS | {"address": f"127.0.0.1:{port}"}
     command += ["--bundle", str(bundle.path), "--processes", str(processes)]
-    return Server("ours", command, facts, bodies)
+    return Server("ours", command, facts, bodies, lists)
 
 
 def peer(name: str, load: Load, scratch: Path) -> Server:
     """A script of benchmarks/peers, in their environment."""
     if not PEER_PYTHON.exists():
         raise SystemExit("peers are not installed: run make bench-peers, or give --no-peers")
-    bodies = scratch / f"{load.name}-{name}"
-    bodies.mkdir()
+    bodies, lists = (
+        Bodies(scratch / f"{load.name}-{name}-{images}", images) for images in (1, IN_A_LIST)
+    )
+    for each in (bodies, lists):
+        each.folder.mkdir()
     port = free_port()
     setup = {
         "model": str(load.bundle.model_path),
         "size": load.bundle.info.preprocess.size,
         "images": str(load.images),
-        "bodies": str(bodies),
+        "bodies": str(bodies.folder),
+        "lists": str(lists.folder),
+        "in_a_list": lists.images,
         "port": port,
         "edge": _EDGE,
     }
@@ -292,10 +305,10 @@ def peer(name: str, load: Load, scratch: Path) -> Server:
     script = HERE / "peers" / f"{name}_peer.py"
     command = [str(PEER_PYTHON), str(script), json.dumps(setup)]
     try:
-        return Server(name, command, facts, Bodies(bodies))
+        return Server(name, command, facts, bodies, lists)
     except SystemExit as failure:  # pytriton was seen to start without its model, once in many runs
         print(f"{failure}; starting it once more", file=sys.stderr)
-        return Server(name, command, facts, Bodies(bodies))
+        return Server(name, command, facts, bodies, lists)
 
 
 def free_port() -> int:

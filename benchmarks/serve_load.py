@@ -37,7 +37,7 @@ from load_material import (
     write_images,
 )
 from load_raw import EVEN, raw_in_flight, raw_loop, raw_single_ms
-from load_servers import Bodies, Server, Window, bare, embed_bodies, ours, peer
+from load_servers import IN_A_LIST, Server, Window, bare, ours, peer
 
 from byol_serving.bundle import Bundle, cosine_distance
 from byol_serving.config import available_cpus
@@ -56,13 +56,12 @@ CONNECTIONS = 32
 """Which the system spreads over the processes; one client each."""
 ONE = f"1 process, {CONNECTIONS} channels"
 SEVERAL = f"{PROCESSES} processes, {CONNECTIONS} channels"
-IN_A_CALL = 16
-"""Images, where whole lists are sent."""
-LISTS = 8
-"""Clients who send them, over a connection each."""
-ONE_LISTS = f"1 process, lists of {IN_A_CALL}"
-SEVERAL_LISTS = f"{PROCESSES} processes, lists of {IN_A_CALL}"
-BARE_LISTS = f"bare gRPC, lists of {IN_A_CALL}"
+LIST_CLIENTS = 8
+"""Who send lists, over a connection each."""
+ONE_LISTS = f"1 process, lists of {IN_A_LIST}"
+SEVERAL_LISTS = f"{PROCESSES} processes, lists of {IN_A_LIST}"
+BARE_LISTS = f"bare gRPC, lists of {IN_A_LIST}"
+TRITON_LISTS = f"pytriton, lists of {IN_A_LIST}"
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ class Step:
     server: str
     clients: int
     connections: int = 1
-    bodies: Bodies | None = None
-    """What is sent, if not single images."""
+    lists: bool = False
+    """Whether not single images are sent."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,7 @@ def measure(
             servers[name] = started(name, load, scratch)
             stack.callback(servers[name].stop)
             servers[name].sleep()
-        lists = embed_bodies(load, scratch / f"{load.name}-lists", IN_A_CALL)
-        plan = planned(load, peers, lists, quick=seconds < 1)
+        plan = planned(load, peers, quick=seconds < 1)
         singles: list[float] = []
         shares: list[float] = []
         for number in range(rounds + 1):
@@ -169,7 +167,7 @@ def measure(
                 singles.append(single)
             for step in plan:
                 with servers[step.server].awake() as server:
-                    window = server.window(step.clients, lasts, step.connections, step.bodies)
+                    window = server.window(step.clients, lasts, step.connections, lists=step.lists)
                 if number:
                     rates.setdefault(step.label, []).append(window.images_per_s)
                     windows.setdefault(step.label, []).append(window)
@@ -187,12 +185,12 @@ def started(name: str, load: Load, scratch: Path) -> Server:
         case "bare":
             return bare(load, scratch)
         case "bare lists":
-            return bare(load, scratch, IN_A_CALL)
+            return bare(load, scratch, IN_A_LIST)
         case _:
             return peer(name, load, scratch)
 
 
-def planned(load: Load, peers: tuple[str, ...], lists: Bodies, *, quick: bool) -> list[Step]:
+def planned(load: Load, peers: tuple[str, ...], *, quick: bool) -> list[Step]:
     """The windows of a round."""
     # Many requests to a large encoder take seconds, which a quick run does not have.
     slow = load.name == "resnet18"
@@ -205,10 +203,12 @@ def planned(load: Load, peers: tuple[str, ...], lists: Bodies, *, quick: bool) -
         plan += [
             Step(ONE, "ours", CONNECTIONS, CONNECTIONS),
             Step(SEVERAL, "processes", CONNECTIONS, CONNECTIONS),
-            Step(ONE_LISTS, "ours", LISTS, LISTS, lists),
-            Step(SEVERAL_LISTS, "processes", LISTS, LISTS, lists),
-            Step(BARE_LISTS, "bare lists", LISTS, LISTS),
+            Step(ONE_LISTS, "ours", LIST_CLIENTS, LIST_CLIENTS, lists=True),
+            Step(SEVERAL_LISTS, "processes", LIST_CLIENTS, LIST_CLIENTS, lists=True),
+            Step(BARE_LISTS, "bare lists", LIST_CLIENTS, LIST_CLIENTS),
         ]
+    if not slow and "pytriton" in peers:  # LitServe takes one image a request
+        plan.append(Step(TRITON_LISTS, "pytriton", LIST_CLIENTS, LIST_CLIENTS, lists=True))
     return plan
 
 
@@ -228,6 +228,9 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
         ratios[f"{load}_lists_vs_raw"] = found.ratio(ONE_LISTS, "raw")
         ratios[f"{load}_processes_lists_vs_raw"] = found.ratio(SEVERAL_LISTS, "raw")
         ratios[f"{load}_ceiling_of_lists_vs_raw"] = ceiling_vs_raw(found, BARE_LISTS)
+    if TRITON_LISTS in found.rates:
+        ratios[f"{load}_lists_vs_pytriton"] = found.ratio(ONE_LISTS, TRITON_LISTS)
+        ratios[f"{load}_processes_lists_vs_pytriton"] = found.ratio(SEVERAL_LISTS, TRITON_LISTS)
     ratios[f"p99_vs_p50_{load}"] = unevenness(found.windows[f"ours, {EVEN} clients"])
     ratios[f"p99_vs_p50_{load}_raw"] = percentile_99(found.raw_shares)
     ratios[f"p99_vs_p50_{load}_bare"] = unevenness(found.windows[bare_label(EVEN)])

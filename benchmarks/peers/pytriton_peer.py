@@ -39,10 +39,10 @@ def infer_function(model: str, size: int) -> Any:
     return infer
 
 
-def request_of(image: bytes) -> bytes:
+def request_of(images: list[bytes]) -> bytes:
     """A serialised ModelInfer request."""
-    tensor = triton_grpc.InferInput("image", [1, 1], "BYTES")
-    tensor.set_data_from_numpy(np.array([[image]], np.object_))
+    tensor = triton_grpc.InferInput("image", [len(images), 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[image] for image in images], np.object_))
     request = _get_inference_request(
         model_name=MODEL,
         inputs=[tensor],
@@ -63,8 +63,11 @@ def request_of(image: bytes) -> bytes:
 def main() -> None:
     """Writes the request bodies, then serves."""
     setup: dict[str, Any] = json.loads(sys.argv[1])
-    for path in Path(setup["images"]).iterdir():
-        (Path(setup["bodies"]) / path.name).write_bytes(request_of(path.read_bytes()))
+    paths = sorted(Path(setup["images"]).iterdir())
+    for folder, count in ((setup["bodies"], 1), (setup["lists"], setup["in_a_list"])):
+        for at in range(0, len(paths) - count + 1, count):
+            images = [path.read_bytes() for path in paths[at : at + count]]
+            (Path(folder) / paths[at].name).write_bytes(request_of(images))
     # The shared-memory store between Triton and Python needs an RLock that the Python inside
     # Triton's stub lacks. Without it tensors travel as base64: cheap for small images, not for VGA.
     os.environ.setdefault("PYTRITON_NO_TENSORSTORE", "1")
