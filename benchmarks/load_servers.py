@@ -121,7 +121,8 @@ class Server:
         self, clients: int, seconds: float, connections: int = 1, *, lists: bool = False
     ) -> Window:
         """Closed-loop load by so many clients, who share the connections where that is gRPC."""
-        bodies = self._lists if lists and self._lists else self._bodies
+        bodies = self._lists if lists else self._bodies
+        assert bodies is not None, f"{self.name} has no lists to be sent"
         began, before = time.monotonic(), self._cpu_s()
         load = {"clients": clients, "seconds": seconds, "connections": connections}
         answer_bytes = _ANSWER_BYTES * bodies.images
