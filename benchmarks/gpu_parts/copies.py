@@ -7,8 +7,8 @@ import numpy as np
 import onnxruntime as ort
 from gpu_parts.rows import Asked, Row
 
-from byol_serving.encoder import GPU_MAX_BATCH
 from byol_serving.images import Pixels
+from byol_serving.padded_batches import GPU_MAX_BATCH
 from byol_serving.pinned_memory import pinned_zeros
 from harness import interleaved
 

@@ -10,8 +10,9 @@ from load_material import photographs, pixels_of, untrained_resnet
 from load_servers import Bodies, Window, our_server
 
 from byol_serving.bundle import Bundle
-from byol_serving.encoder import GPU_MAX_BATCH, Encoder
+from byol_serving.encoder import Encoder
 from byol_serving.images import Pixels
+from byol_serving.padded_batches import GPU_MAX_BATCH
 from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.rpc.convert import pixels_to_tensor
 from byol_training.export import Precision

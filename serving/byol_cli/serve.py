@@ -83,6 +83,9 @@ def _read_file(context: click.Context, _: click.Parameter, path: Path | None) ->
     show_default=True,
     help="Where the encoder runs.",
 )
+@click.option(
+    "--cuda-graphs", is_flag=True, help="On CUDA, repeat batches as CUDA graphs where faster."
+)
 @click.option("--threads", default=0, show_default=True, help="Threads of one inference; 0: auto.")
 @click.option(
     "--inference-workers", default=0, show_default=True, help="Inferences at a time; 0: auto."

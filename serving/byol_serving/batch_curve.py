@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 _ENOUGH = 0.95
 """Part of the best throughput from which on a larger batch mostly adds latency."""
@@ -11,7 +12,6 @@ _BEST = 0.99
 """Part that is as good as all of it."""
 _BUDGET_S = 1.0
 _RUNS = 3
-"""The fastest counts: whatever else the machine does only makes a run slower."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,18 @@ def measure_curve(run: Callable[[int], object], max_batch: int) -> BatchCurve:
     ends = time.perf_counter() + _BUDGET_S
     for size in sizes_up_to(max_batch):
         run(size)
-        seconds[size] = min(_timed(run, size) for _ in range(_RUNS))
+        seconds[size] = fastest(partial(run, size))
         if time.perf_counter() > ends:
             break
     return BatchCurve(seconds)
 
 
-def _timed(run: Callable[[int], object], size: int) -> float:
+def fastest(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs: what else the machine does only makes one slower."""
+    return min(_timed(run) for _ in range(_RUNS))
+
+
+def _timed(run: Callable[[], object]) -> float:
     began = time.perf_counter()
-    run(size)
+    run()
     return time.perf_counter() - began

@@ -65,6 +65,8 @@ class ServeConfig:
     """Serve without TLS or tokens on an address that is not loopback."""
     device: str = "auto"
     """Where the encoder runs: auto, cpu, cuda or tensorrt."""
+    cuda_graphs: bool = False
+    """On CUDA, record batches as CUDA graphs where that makes them faster."""
     threads: int = 0
     """ONNX Runtime threads for one inference; 0 lets the encoder choose."""
     inference_workers: int = 0

@@ -11,14 +11,15 @@ How the sessions are laid out, by measurement on a CPU (docs/performance.md):
 - The arena stays on: without it a third of the throughput is lost to allocation.
 
 On a GPU there is one session, and each worker has buffers of its own for batches padded to a few
-sizes, because every new shape makes CUDA allocate and choose its algorithms again. A batch is
-gathered in pinned memory, from which the GPU copies it.
+sizes, gathered in pinned memory, from which the GPU copies them. With `cuda_graphs` each worker has
+a session of its own beside it, for the sizes that are faster as one recorded launch.
 """
 
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,19 +35,18 @@ from byol_serving.bundle import (
     Bundle,
     cosine_distance,
 )
+from byol_serving.cuda_graphs import record
+from byol_serving.cuda_threads import apart_from_recordings
 from byol_serving.errors import InvalidBundle, InvalidConfig, InvalidRequest
 from byol_serving.images import Pixels
-from byol_serving.pinned_memory import pinned_zeros
+from byol_serving.padded_batches import GPU_MAX_BATCH, Embeddings, PaddedBatches
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
-Embeddings = NDArray[np.float32]
 
 MAX_WORKERS = 8
 """By default; with more cores each batch gets more threads instead."""
 GPU_WORKERS = 2
 """One batch computes while the next is stacked and copied."""
-GPU_MAX_BATCH = 128
-"""The largest padded size; larger arrays are embedded in pieces."""
 
 _WORTH_A_COPY = 0.75
 """Part of the time of a single image that all cores must not exceed."""
@@ -66,6 +66,7 @@ class Encoder:
         workers: int = 0,
         cores: int = 0,
         device_id: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         """Loads the graph.
 
@@ -78,9 +79,12 @@ class Encoder:
             workers: batches at a time; 0: one for each core up to `MAX_WORKERS`, on a GPU two.
             cores: CPUs to use; 0: all that this process may run on.
             device_id: which GPU, as CUDA numbers those that this process may see.
+            cuda_graphs: have `warm_up` record the batches of each padded size as a CUDA graph, and
+                keep those that are faster; takes memory for the weights once more a worker.
 
         Raises:
-            InvalidConfig: a GPU was asked for and is not to be had (never a silent fall back).
+            InvalidConfig: a GPU, or graphs, were asked for and are not to be had (never a silent
+                fall back).
             InvalidBundle: ONNX Runtime cannot load the graph, or it is not an encoder.
         """
         self.bundle = bundle
@@ -96,19 +100,14 @@ class Encoder:
                 f"device {device} was asked for, but ONNX Runtime fell back to {self.provider};"
                 " run byol doctor to see what is missing, or use device=cpu"
             )
-        names = [node.name for node in self._session.get_inputs()]
-        if names != ["images"] or self._session.get_outputs()[0].name != EMBEDDING:
-            raise InvalidBundle(
-                f"{bundle.model_path} is not an encoder: its inputs are {names}, wanted ['images']"
-            )
-        offered = {node.name for node in self._session.get_outputs()}
-        promised = {each.name for each in bundle.info.features}
-        if bundle.info.raw_embedding:
-            promised.add(RAW_EMBEDDING)
-        if missing := promised - offered:
-            raise InvalidBundle(
-                f"{bundle.model_path} lacks the outputs {', '.join(sorted(missing))} that its"
-                " bundle.json names; export the bundle again"
+        _check_nodes(self._session, bundle)
+        self.graph_sizes: list[int] = []
+        """Padded sizes that `warm_up` found faster as CUDA graphs."""
+        self._recording: Callable[[], ort.InferenceSession] | None = None
+        if cuda_graphs:
+            _check_for_graphs(self.provider)
+            self._recording = partial(
+                _open_session, bundle, gpu, threads, device_id, cuda_graphs=True
             )
         self._alone = self._session
         self._running = 0
@@ -175,7 +174,14 @@ class Encoder:
             InvalidRequest: another shape or dtype.
         """
         self._check(pixels)
+        if self.on_gpu:
+            apart_from_recordings()
         return list(self._session.run(list(outputs), {"images": pixels}))
+
+    def __del__(self) -> None:
+        """The sessions' memory is given back next, by this thread."""
+        if getattr(self, "_padded", None) is not None:
+            apart_from_recordings()
 
     def _check(self, pixels: Pixels) -> None:
         size = self.image_size
@@ -204,6 +210,9 @@ class Encoder:
         for runner in runners:
             for batch in sizes_up_to(min(max_batch, GPU_MAX_BATCH)):
                 runner.embed(blank[:batch])
+            if self._recording is not None:
+                tolerance = GOLDEN_TOLERANCE[self.bundle.info.precision]
+                self.graph_sizes = record(runner, self._recording, tolerance)
         curve = measure_curve(lambda n: runners[0].embed(blank[:n]), min(max_batch, GPU_MAX_BATCH))
         for runner in runners:
             self._padded.put(runner)
@@ -235,51 +244,6 @@ class Encoder:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-class PaddedBatches:
-    """Batches padded to powers of two, in buffers that are allocated once. Not thread-safe."""
-
-    def __init__(
-        self, session: ort.InferenceSession, size: int, dim: int, device: str, device_id: int = 0
-    ) -> None:
-        """`device` is ONNX Runtime's name of where the buffers lie: cuda, or cpu for a test."""
-        self._session, self._size, self._dim = session, size, dim
-        self._device, self._device_id = device, device_id
-        self._bindings: dict[int, _Binding] = {}
-
-    def embed(self, pixels: Pixels) -> Embeddings:
-        """Embeds uint8 [N, S, S, 3], N from 1 to `GPU_MAX_BATCH`, as float32 [N, D]."""
-        batch = next(size for size in sizes_up_to(GPU_MAX_BATCH) if size >= len(pixels))
-        bound = self._bindings.get(batch)
-        if bound is None:
-            shape = (batch, self._size, self._size, 3)
-            bound = _Binding(self._session, shape, self._device, self._device_id)
-            self._bindings[batch] = bound
-        return bound.run(pixels)
-
-
-class _Binding:
-    """The buffers of one padded size, and their binding to the session's input and output."""
-
-    def __init__(
-        self, session: ort.InferenceSession, shape: tuple[int, ...], device: str, device_id: int
-    ) -> None:
-        self._session = session
-        on_gpu = device != "cpu"
-        self._host = pinned_zeros(shape, device_id) if on_gpu else np.zeros(shape, np.uint8)
-        self._input = ort.OrtValue.ortvalue_from_numpy(self._host, device, device_id)
-        self._io = session.io_binding()
-        self._io.bind_ortvalue_input("images", self._input)
-        self._io.bind_output("embedding", device, device_id)
-
-    def run(self, pixels: Pixels) -> Embeddings:
-        """Rows of `pixels` only; what the padding gives is thrown away."""
-        self._host[: len(pixels)] = pixels
-        self._input.update_inplace(self._host)
-        self._session.run_with_iobinding(self._io)
-        rows: Embeddings = self._io.get_outputs()[0].numpy()[: len(pixels)]
-        return rows.copy()
-
-
 def _gpu_provider(device: Device) -> str | None:
     """The execution provider to try before the CPU's, or None."""
     if device == "cpu":
@@ -296,8 +260,43 @@ def _gpu_provider(device: Device) -> str | None:
     )
 
 
+def _check_nodes(session: ort.InferenceSession, bundle: Bundle) -> None:
+    names = [node.name for node in session.get_inputs()]
+    if names != ["images"] or session.get_outputs()[0].name != EMBEDDING:
+        raise InvalidBundle(
+            f"{bundle.model_path} is not an encoder: its inputs are {names}, wanted ['images']"
+        )
+    offered = {node.name for node in session.get_outputs()}
+    promised = {each.name for each in bundle.info.features}
+    if bundle.info.raw_embedding:
+        promised.add(RAW_EMBEDDING)
+    if missing := promised - offered:
+        raise InvalidBundle(
+            f"{bundle.model_path} lacks the outputs {', '.join(sorted(missing))} that its"
+            " bundle.json names; export the bundle again"
+        )
+
+
+def _check_for_graphs(provider: str) -> None:
+    if provider != _PROVIDERS["cuda"]:
+        raise InvalidConfig(
+            f"cuda_graphs was asked for, but the encoder runs on {provider}; use device=cuda, or"
+            " leave it out"
+        )
+    if not apart_from_recordings():
+        raise InvalidConfig(
+            "cuda_graphs was asked for, which needs cuda-bindings; install byol-server[gpu], or"
+            " leave it out"
+        )
+
+
 def _open_session(
-    bundle: Bundle, gpu: str | None, threads: int, device_id: int = 0
+    bundle: Bundle,
+    gpu: str | None,
+    threads: int,
+    device_id: int = 0,
+    *,
+    cuda_graphs: bool = False,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -305,12 +304,14 @@ def _open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if gpu is not None:
+        apart_from_recordings()
         # HEURISTIC: under EXHAUSTIVE every new batch size stalls for hundreds of milliseconds.
         # kSameAsRequested: the arena never shrinks, so it had better not double.
         cuda = {
             "device_id": str(device_id),
             "cudnn_conv_algo_search": "HEURISTIC",
             "arena_extend_strategy": "kSameAsRequested",
+            "enable_cuda_graph": str(int(cuda_graphs)),
         }
         providers.insert(0, ("CUDAExecutionProvider", cuda))
     if gpu == "TensorrtExecutionProvider":

@@ -163,6 +163,7 @@ def _load(
         threads=config.threads,
         workers=config.inference_workers,
         cores=config.cores,
+        cuda_graphs=config.cuda_graphs,
     )
     worst = encoder.check_golden()
     log.info(
@@ -173,6 +174,8 @@ def _load(
         worst,
     )
     curve = encoder.warm_up(config.max_batch or _MOST_IN_A_BATCH)
+    if config.cuda_graphs:
+        log.info("batches repeated as CUDA graphs: %s", encoder.graph_sizes or "none")
     max_batch = config.max_batch or curve.best
     # Who says how many inferences may run at a time gets threads for them.
     together = not (config.inference_workers or encoder.on_gpu) and curve.seconds[1] < _QUICK_S

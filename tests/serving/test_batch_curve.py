@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from byol_serving.batch_curve import BatchCurve, measure_curve, sizes_up_to
-from byol_serving.encoder import Encoder, PaddedBatches
+from byol_serving.encoder import Encoder
+from byol_serving.padded_batches import PaddedBatches
 from serving.support import DIM, SIZE, make_bundle, random_pixels, reference
 
 

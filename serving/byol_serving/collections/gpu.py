@@ -23,6 +23,7 @@ from byol_serving.collections.exact import Bits, Found, bits_at, unpack
 from byol_serving.collections.faiss_library import faiss
 from byol_serving.collections.kinds import ApproximateKind
 from byol_serving.collections.types import Vectors
+from byol_serving.cuda_threads import apart_from_recordings
 
 if TYPE_CHECKING:
     from byol_serving.collections.index import View
@@ -54,6 +55,10 @@ class Copy:
         self._index = index
         self._lock = lock
 
+    def __del__(self) -> None:
+        """The memory is given back next, by this thread."""
+        apart_from_recordings()
+
     def search(
         self, queries: Vectors, k: int, alive: Bits | None, lists: int | None
     ) -> Found | None:
@@ -70,6 +75,7 @@ class Copy:
             masked = self.size - int(np.count_nonzero(unpack(alive, self.size)))
         if k + masked > MOST or (lists or 0) > MOST:
             return None
+        apart_from_recordings()
         parameters = None if lists is None else faiss.SearchParametersIVF(nprobe=lists)
         try:
             with self._lock:
@@ -128,6 +134,7 @@ class Gpu:
         return self._copied(kind, nbytes + centroids, size, lambda given: _lists(given, index))
 
     def _copied(self, kind: str, nbytes: int, size: int, move: Callable[[Any], Any]) -> Copy | None:
+        apart_from_recordings()
         taken = int(_ROOM * nbytes)
         with self._copying:
             if taken > self.free:
