@@ -67,7 +67,7 @@ def quantize(model: bytes, samples: Pixels, wanted: NDArray[np.float32]) -> Quan
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         source, prepared = Path(scratch) / "source.onnx", Path(scratch) / "prepared.onnx"
         source.write_bytes(model)
-        # Symbolic shape inference fails on the Expand of the normalisation, and is not needed.
+        # Symbolic shape inference fails on graphs that expand a tensor, and is not needed.
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         for method in METHODS:
             quantized = _with_method(prepared, samples[calibration], method, Path(scratch))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ class ServedEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pixels to embeddings, whitened and normalised in float32."""
-        return F.normalize(self.raw(images), dim=1)
+        return _normalised(self.raw(images))
 
     def raw(self, images: Tensor) -> Tensor:
         """Pixels to embeddings float32 [N, D] as they are before normalisation, but whitened."""
@@ -86,12 +85,18 @@ class ServedOutputs(nn.Module):
         which shares what is equal.
         """
         raw = self.served.raw(images)
-        embeddings = (F.normalize(raw, dim=1), raw)
+        embeddings = (_normalised(raw), raw)
         if not self.stages:
             return embeddings
         # An `Encoder` wherever stages are named; nn.Module does not know.
         maps = self.served.encoder.feature_maps(self.served.planes(images))  # type: ignore[operator]
         return (*embeddings, *(maps[name].to(torch.float32) for name in self.stages))
+
+
+def _normalised(rows: Tensor) -> Tensor:
+    """As torch's `normalize`, whose graph expands the norms to a shape that the CPU works out."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / norms.clamp_min(1e-12)
 
 
 def _layer(whitening: Whitening) -> nn.Linear:
