@@ -7,14 +7,20 @@ a batch is held back while requests follow each other within `_LINGER_S`, or twi
 are fewer than in the last batch; the loop goes on with its other work meanwhile. Once as many are
 here as lately at most, nobody else is thought to ask, and the batch leaves at once. Where waiting
 brought nobody a few times, there is one client, whose requests leave at once too.
+
+All work on an item is done in its batch, although it could begin when the item comes: one after the
+other thirty thumbnails are decoded in half the time that they take with a request received between
+each two, which empties the processor's caches.
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +29,8 @@ from byol_serving.errors import DeadlinePassed, Unavailable
 from byol_serving.timing import BatchRun, note
 
 Item = TypeVar("Item")
-Rows = NDArray[np.float32]
+Results = TypeVar("Results", bound=Sequence[object] | NDArray[np.generic])
+"""A list, or an array whose rows are the results."""
 
 _LINGER_S = 0.0002
 """About three times as long as the loop takes to receive one more request."""
@@ -41,24 +48,25 @@ _TURN_S = 0.002
 
 
 @dataclass(eq=False, slots=True)
-class _Job(Generic[Item]):
+class _Job(Generic[Item, Results]):
     """One request."""
 
     items: Sequence[Item]
     deadline: float | None
-    future: "asyncio.Future[Rows]"
+    future: "asyncio.Future[Results]"
     queued: float
-    began: float = 0.0
-    ended: float = 0.0
+    times: Sequence[float] = ()
+    """When its batch began, and when each step ended."""
 
 
-class Gatherer(Generic[Item]):
+class Gatherer(Generic[Item, Results]):
     """Groups the items of concurrent requests, and answers them on the event loop."""
 
     def __init__(
         self,
-        run: Callable[[list[Item]], Rows],
+        run: Callable[[list[Item]], Any],
         *,
+        then: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
         max_batch: int,
         name: str,
         watch: Callable[[str, BatchRun], None] | None = None,
@@ -66,14 +74,17 @@ class Gatherer(Generic[Item]):
         """Starts nothing.
 
         Args:
-            run: answers a batch with as many rows, in order, in much less than a millisecond. If it
-                raises, every request in the batch gets the exception.
+            run: answers a batch with as many results, in order, in much less than a millisecond. If
+                it raises, every request in the batch gets the exception.
+            then: further steps by name; each is given what the one before returned. What the last
+                one returns are the results.
             max_batch: items at which a batch is full; a single request may have more.
-            name: of the step in a call's times.
-            watch: told of each batch when it is done.
+            name: of `run` as a step in a call's times.
+            watch: told of each step of each batch when the batch is done.
         """
-        self._run, self._max_batch, self._name, self._watch = run, max_batch, name, watch
-        self._queue: deque[_Job[Item]] = deque()
+        self._steps = {name: run, **then}
+        self._max_batch, self._watch = max_batch, watch
+        self._queue: deque[_Job[Item, Results]] = deque()
         self.queued = 0
         """Items that wait."""
         self._turn_is_due = False
@@ -91,8 +102,8 @@ class Gatherer(Generic[Item]):
         self.seconds_per_item = 0.0
         """Moving average of the time that one item takes."""
 
-    async def submit(self, items: Sequence[Item], *, deadline: float | None = None) -> Rows:
-        """The rows of `items`, in order.
+    async def submit(self, items: Sequence[Item], *, deadline: float | None = None) -> Results:
+        """The results of `items`, in order.
 
         Args:
             items: at least one.
@@ -106,15 +117,18 @@ class Gatherer(Generic[Item]):
             raise Unavailable("the server is draining; ask another, or again later")
         loop = asyncio.get_running_loop()
         self._newest = time.perf_counter()
-        job = _Job(items, deadline, loop.create_future(), self._newest)
+        job: _Job[Item, Results] = _Job(items, deadline, loop.create_future(), self._newest)
         self._queue.append(job)
         self.queued += len(items)
         if not self._turn_is_due:
             self._turn_is_due = True
             loop.call_soon(self._turn, loop)
-        rows = await job.future
-        note(self._name, len(items), job.queued, job.began, job.ended)
-        return rows
+        results = await job.future
+        queued = job.queued
+        for name, (began, ended) in zip(self._steps, pairwise(job.times), strict=True):
+            note(name, len(items), queued, began, ended)
+            queued = ended
+        return results
 
     def close(self) -> None:
         """Fails what waits, and refuses more."""
@@ -148,9 +162,9 @@ class Gatherer(Generic[Item]):
         patience = 2 * _LINGER_S if len(self._queue) < self._last_batch else _LINGER_S
         return time.perf_counter() - self._newest < patience
 
-    def _take(self) -> list[_Job[Item]]:
+    def _take(self) -> list[_Job[Item, Results]]:
         """The oldest requests, without those that nobody waits for any more."""
-        batch: list[_Job[Item]] = []
+        batch: list[_Job[Item, Results]] = []
         taken, size, now = 0, self._size, time.monotonic()
         while self._queue and taken < size:
             job = self._queue.popleft()
@@ -166,26 +180,30 @@ class Gatherer(Generic[Item]):
             taken += len(job.items)
         return batch
 
-    def _answer(self, batch: list[_Job[Item]]) -> None:
-        items = [item for job in batch for item in job.items]
-        began = time.perf_counter()
+    def _answer(self, batch: list[_Job[Item, Results]]) -> None:
+        results: Any = [item for job in batch for item in job.items]
+        count, times = len(results), [time.perf_counter()]
         try:
-            rows = self._run(items)
+            for step in self._steps.values():
+                results = step(results)
+                times.append(time.perf_counter())
         except Exception as error:
             for job in batch:
                 job.future.set_exception(error)
             return
-        ended = time.perf_counter()
-        if ended - began > _TURN_S:
+        took = times[-1] - times[0]
+        if took > _TURN_S:
             self._size = max(1, self._size // 2)
-        elif ended - began < _TURN_S / 2:
+        elif took < _TURN_S / 2:
             self._size = min(self._max_batch, self._size * 2)
-        self.seconds_per_item += ((ended - began) / len(items) - self.seconds_per_item) * 0.2
+        self.seconds_per_item += (took / count - self.seconds_per_item) * 0.2
         at = 0
         for job in batch:
-            job.began, job.ended = began, ended
-            job.future.set_result(rows[at : at + len(job.items)])
+            job.times = times
+            job.future.set_result(results[at : at + len(job.items)])
             at += len(job.items)
         if self._watch is not None:
-            waits = [began - job.queued for job in batch]
-            self._watch(self._name, BatchRun(len(items), ended - began, waits))
+            waits = [times[0] - job.queued for job in batch]
+            for name, (began, ended) in zip(self._steps, pairwise(times), strict=True):
+                self._watch(name, BatchRun(count, ended - began, waits))
+                waits = [0.0] * len(waits)  # a later step begins where the one before ends

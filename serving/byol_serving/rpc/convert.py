@@ -31,7 +31,21 @@ _INT8_SCALE = 127.0
 
 
 def embeddings_to_tensor(rows: NDArray[np.float32], dtype: int = pb.DTYPE_FLOAT32) -> pb.Tensor:
-    """Packs float32 [...] as float32, float16 or int8 (round(127 x), for normalised rows).
+    """A tensor as `pack_embeddings` fills it."""
+    tensor = pb.Tensor()
+    pack_embeddings(tensor, rows, dtype)
+    return tensor
+
+
+def pack_embeddings(
+    tensor: pb.Tensor, rows: NDArray[np.float32], dtype: int = pb.DTYPE_FLOAT32
+) -> None:
+    """Fills a tensor that is part of a message: one made apart is copied into it once more.
+
+    Args:
+        tensor: to be filled.
+        rows: float32 [...].
+        dtype: float32, float16 or int8 (round(127 x), for normalised rows).
 
     Raises:
         InvalidRequest: another dtype was asked for, or values are too large for float16.
@@ -39,13 +53,14 @@ def embeddings_to_tensor(rows: NDArray[np.float32], dtype: int = pb.DTYPE_FLOAT3
     check_embedding_dtype(dtype)
     match dtype:
         case pb.DTYPE_FLOAT16:
-            packed = _halved(rows).tobytes()
+            tensor.data = _halved(rows).tobytes()
         case pb.DTYPE_INT8:
-            packed = np.rint(rows * _INT8_SCALE).clip(-127, 127).astype("i1").tobytes()
+            tensor.data = np.rint(rows * _INT8_SCALE).clip(-127, 127).astype("i1").tobytes()
         case _:
-            dtype, packed = pb.DTYPE_FLOAT32, np.ascontiguousarray(rows, "<f4").tobytes()
-    # On the wire an enum is any int; its stub wants a member.
-    return pb.Tensor(data=packed, dtype=dtype, shape=rows.shape)  # type: ignore[arg-type]
+            dtype = pb.DTYPE_FLOAT32
+            tensor.data = rows.astype(_FLOAT_TYPES[dtype], copy=False).tobytes()
+    tensor.dtype = dtype  # type: ignore[assignment]  # on the wire an enum is any int
+    tensor.shape[:] = rows.shape
 
 
 def check_embedding_dtype(dtype: int) -> None:

@@ -16,6 +16,7 @@ from byol_serving.rpc.calls import deadline_of
 from byol_serving.rpc.convert import (
     check_embedding_dtype,
     embeddings_to_tensor,
+    pack_embeddings,
     tensor_to_pixels,
 )
 from byol_serving.rpc.models import Model, Models
@@ -93,8 +94,7 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
             image_size=model.info.preprocess.size,
         )
         if request.with_embeddings:
-            rows = embeddings_to_tensor(maps[embedding], request.dtype)
-            response.embeddings.CopyFrom(rows)
+            pack_embeddings(response.embeddings, maps[embedding], request.dtype)
         return response
 
     async def _embed(
@@ -108,8 +108,9 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
             )
         with self._models.using(request.model, request.version) as model:
             rows = await _rows(model, request, deadline, wait=wait)
-        tensor = embeddings_to_tensor(rows, request.dtype)
-        return pb.EmbedResponse(embeddings=tensor, encoder_id=model.info.encoder_id)
+        response = pb.EmbedResponse(encoder_id=model.info.encoder_id)
+        pack_embeddings(response.embeddings, rows, request.dtype)
+        return response
 
 
 async def _rows(

@@ -14,7 +14,7 @@ from byol_serving.pb.byol.v1 import byol_pb2 as pb
 from byol_serving.pb.byol.v1 import byol_pb2_grpc
 from byol_serving.rpc.analysis import examples_of
 from byol_serving.rpc.checks import check_claimed_encoder, check_lengths
-from byol_serving.rpc.convert import embeddings_to_tensor
+from byol_serving.rpc.convert import pack_embeddings
 from byol_serving.rpc.forwarding import Prepare
 from byol_serving.rpc.models import Models
 from byol_serving.rpc.queries import Leaf, images_of, leaves_of
@@ -51,7 +51,7 @@ class ImagesToVectors:
         check_lengths(request)
         rows = await self._embed(request, request.images, deadline, wait)
         del request.images[:]
-        request.vectors.CopyFrom(embeddings_to_tensor(rows))
+        pack_embeddings(request.vectors, rows)
 
     async def search(self, request: WithLeaves, deadline: float | None, wait: bool) -> None:
         """Images of queries, examples and pairs; raises as `upsert`."""
@@ -62,7 +62,7 @@ class ImagesToVectors:
         rows = iter(await self._embed(request, images, deadline, wait))
         for leaf in leaves:
             if leaf.WhichOneof("by") == "image":
-                leaf.vector.CopyFrom(embeddings_to_tensor(next(rows)))
+                pack_embeddings(leaf.vector, next(rows))
 
     async def _embed(
         self,

@@ -22,6 +22,7 @@ from byol_serving.rpc.convert import (
     embeddings_to_tensor,
     json_to_value,
     metadata_to_struct,
+    pack_embeddings,
     struct_to_metadata,
     tensor_to_vectors,
 )
@@ -116,7 +117,7 @@ def hits_message(hits: Sequence[Hit]) -> pb.Hits:
         if each.metadata:
             hit.metadata.CopyFrom(metadata_to_struct(each.metadata))
         if each.vector is not None:
-            hit.vector.CopyFrom(embeddings_to_tensor(each.vector))
+            pack_embeddings(hit.vector, each.vector)
     return message
 
 

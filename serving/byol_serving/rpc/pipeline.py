@@ -103,10 +103,17 @@ class Pipeline:
             watch=watch,
         )
         self._both: Batcher[bytes, list[Row | InvalidImage]] | None = None
-        self._gathered: Gatherer[Pixels] | None = None
+        self._gathered: Gatherer[tuple[bytes, Jpeg], Embeddings | list[Row | InvalidImage]] | None
+        self._gathered = None
         if together:
             most = min(_GATHERED, enough or config.max_batch)
-            self._gathered = Gatherer(self._infer, max_batch=most, name="inference", watch=watch)
+            self._gathered = Gatherer(
+                self._decode_thumbnails,
+                then={"inference": self._infer_good},
+                max_batch=most,
+                name="decode",
+                watch=watch,
+            )
             self._both = decoder(
                 then={"inference": self._infer_good},
                 max_batch=min(_DECODE_CHUNK, config.max_batch),
@@ -188,8 +195,8 @@ class Pipeline:
         both = 0 if self._both is None else self._both.queued
         gathered = 0 if self._gathered is None else self._gathered.queued
         return {
-            "decode": self._decoding.queued + both,
-            "inference": self._inference.queued + gathered,
+            "decode": self._decoding.queued + both + gathered,
+            "inference": self._inference.queued,
         }
 
     async def close(self) -> None:
@@ -230,14 +237,16 @@ class Pipeline:
     async def _at_once(
         self, images: Sequence[bytes], headers: list[Jpeg], deadline: float | None
     ) -> Embeddings:
+        if self._gathered is not None:
+            items = list(zip(images, headers, strict=True))
+            rows = await self._gathered.submit(items, deadline=deadline)
+            return rows if isinstance(rows, np.ndarray) else np.stack(_good([rows]))
         began = time.perf_counter()
         frames = _good([self._decode_all(images, headers=headers)])
         ended = time.perf_counter()
         note("decode", len(images), began, began, ended)
         if self._watch is not None:
             self._watch("decode", BatchRun(len(images), ended - began, [0.0]))
-        if self._gathered is not None:
-            return await self._gathered.submit(frames, deadline=deadline)
         return _joined(await self._inference.submit(frames, deadline=deadline))
 
     async def _piece(
@@ -246,13 +255,21 @@ class Pipeline:
         frames = await self.decode(images, deadline=deadline, offset=offset)
         return _joined(await self._inference.submit(frames, deadline=deadline))
 
+    def _decode_thumbnails(self, items: list[tuple[bytes, Jpeg]]) -> "list[Pixels | InvalidImage]":
+        images, headers = zip(*items, strict=True)
+        return self._decode_all(images, headers=headers)
+
     def _infer(self, frames: list[Pixels]) -> Embeddings:
         """Runs in an inference thread."""
         return self._embed(frames[0][None] if len(frames) == 1 else np.stack(frames))
 
-    def _infer_good(self, frames: list[Pixels | InvalidImage]) -> list[Row | InvalidImage]:
+    def _infer_good(
+        self, frames: list[Pixels | InvalidImage]
+    ) -> Embeddings | list[Row | InvalidImage]:
         """The embeddings of what could be decoded, in the places of their images."""
         good = [frame for frame in frames if not isinstance(frame, InvalidImage)]
+        if len(good) == len(frames):
+            return self._infer(good)
         rows = iter(self._infer(good) if good else ())
         return [frame if isinstance(frame, InvalidImage) else next(rows) for frame in frames]
 

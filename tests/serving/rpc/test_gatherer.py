@@ -28,7 +28,7 @@ class Squares:
 async def test_requests_that_follow_each_other_share_a_batch_and_get_their_own_rows() -> None:
     run = Squares()
     runs: list[tuple[str, BatchRun]] = []
-    gatherer: Gatherer[int] = Gatherer(
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
         run, max_batch=100, name="inference", watch=lambda name, batch: runs.append((name, batch))
     )
     steps: list[Step] = []
@@ -51,7 +51,9 @@ async def test_requests_that_follow_each_other_share_a_batch_and_get_their_own_r
 
 
 async def test_a_client_by_itself_is_not_held_back_for_long() -> None:
-    gatherer: Gatherer[int] = Gatherer(Squares(), max_batch=100, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
+        Squares(), max_batch=100, name="inference"
+    )
     steps: list[Step] = []
     STEPS.set(steps)
     for number in range(100):
@@ -63,7 +65,7 @@ async def test_a_client_by_itself_is_not_held_back_for_long() -> None:
 
 async def test_when_everybody_who_asks_is_there_nobody_waits_and_more_are_noticed() -> None:
     run = Squares()
-    gatherer: Gatherer[int] = Gatherer(run, max_batch=8, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=8, name="inference")
     steps: list[Step] = []
     STEPS.set(steps)
     for _ in range(400):
@@ -84,14 +86,14 @@ async def test_when_everybody_who_asks_is_there_nobody_waits_and_more_are_notice
 
 async def test_a_full_batch_leaves_and_a_slow_one_makes_the_next_smaller() -> None:
     run = Squares(seconds=0.005)
-    gatherer: Gatherer[int] = Gatherer(run, max_batch=8, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=8, name="inference")
     await asyncio.gather(*(gatherer.submit([number]) for number in range(30)))
     assert [len(batch) for batch in run.batches][:4] == [8, 4, 2, 1]
 
 
 async def test_cancelled_and_expired_requests_are_never_run() -> None:
     run = Squares()
-    gatherer: Gatherer[int] = Gatherer(run, max_batch=8, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=8, name="inference")
     left = asyncio.ensure_future(gatherer.submit([1]))
     late = asyncio.ensure_future(gatherer.submit([2], deadline=time.monotonic() - 1))
     await asyncio.sleep(0)
@@ -108,7 +110,9 @@ async def test_an_error_fails_its_batch_only() -> None:
             raise ValueError("broken")
         return np.zeros((len(items), 1), np.float32)
 
-    gatherer: Gatherer[int] = Gatherer(odd_is_broken, max_batch=1, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
+        odd_is_broken, max_batch=1, name="inference"
+    )
     first, second, third = await asyncio.gather(
         *(gatherer.submit([number]) for number in (2, 3, 4)), return_exceptions=True
     )
@@ -119,7 +123,7 @@ async def test_an_error_fails_its_batch_only() -> None:
 
 async def test_closing_fails_what_waits_and_refuses_more() -> None:
     run = Squares()
-    gatherer: Gatherer[int] = Gatherer(run, max_batch=8, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=8, name="inference")
     waiting = asyncio.ensure_future(gatherer.submit([1]))
     await asyncio.sleep(0)
     gatherer.close()

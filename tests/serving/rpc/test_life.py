@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,18 @@ async def test_the_request_id_comes_back_and_is_in_the_log(
                 assert (found == given) is kept
                 assert f"code=OK ms=" in caplog.text  # noqa: F541
                 assert f"request_id={found}" in caplog.text
+
+
+async def test_a_request_id_that_leads_nowhere_is_not_sent(address: str) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = byol_pb2_grpc.EmbedderStub(channel)
+        call = stub.GetEncoder(pb.GetEncoderRequest(), timeout=10)
+        await call
+        assert "x-request-id" not in (await call.trailing_metadata())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetEncoder(pb.GetEncoderRequest(model="unknown"), timeout=10)
+        found = str(caught.value.trailing_metadata()["x-request-id"])
+        assert re.fullmatch(r"[0-9a-f]{16}", found)
 
 
 async def test_an_unexpected_error_tells_the_caller_nothing(
