@@ -141,7 +141,10 @@ class Gatherer(Generic[Item, Results]):
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Runs one batch, or looks again in the loop's next turn."""
-        if not self._more_may_come() and (batch := self._take()):
+        if self._more_may_come():
+            loop.call_soon(self._turn, loop)
+            return
+        if batch := self._take():
             self._answer(batch)
             self._batches += 1
             self._last_batch = len(batch)
