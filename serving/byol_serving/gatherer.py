@@ -37,6 +37,8 @@ _LINGER_S = 0.0002
 _FORGOTTEN = 0.05
 """Clients of those that are thought to ask, with each batch that had fewer: they may only be late,
 and where many ask, small batches cost more than waiting does."""
+_FORGOTTEN_SHARE = 0.02
+"""And of those that were missing: who asks no more is waited for during a tenth of a second."""
 _LOOK = 16
 """Every so many batches it is seen whether more ask than is thought."""
 _ALONE = 16
@@ -148,7 +150,8 @@ class Gatherer(Generic[Item, Results]):
             self._answer(batch)
             self._batches += 1
             self._last_batch = len(batch)
-            self._crowd = max(len(batch), self._crowd - _FORGOTTEN)
+            missing = self._crowd - len(batch)
+            self._crowd = max(len(batch), self._crowd - _FORGOTTEN - _FORGOTTEN_SHARE * missing)
             self._lone = self._lone + 1 if len(batch) == 1 else 0
         self._turn_is_due = bool(self._queue)
         if self._turn_is_due:
