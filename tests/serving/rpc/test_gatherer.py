@@ -50,6 +50,20 @@ async def test_requests_that_follow_each_other_share_a_batch_and_get_their_own_r
     assert all(isinstance(batch, BatchRun) and name == "inference" for name, batch in runs)
 
 
+async def test_a_loop_that_was_busy_has_not_waited_in_vain() -> None:
+    run = Squares()
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=100, name="inference")
+
+    async def client(number: int) -> None:
+        for _ in range(number):
+            time.sleep(0.001)  # noqa: ASYNC251  # as when the last batch's answers are sent
+            await asyncio.sleep(0)
+        await gatherer.submit([number])
+
+    await asyncio.gather(*(client(number) for number in range(6)))
+    assert run.batches == [[0, 1, 2, 3, 4, 5]]
+
+
 async def test_a_client_by_itself_is_not_held_back_for_long() -> None:
     gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
         Squares(), max_batch=100, name="inference"
