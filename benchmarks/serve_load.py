@@ -263,7 +263,8 @@ def against(load: str, found: Measured, peer: str) -> dict[str, float]:
 def ceiling_vs_raw(found: Measured, bare: str) -> float:
     """Of the raw loop, what is left for a server whose calls cost no more than gRPC's own.
 
-    Both saturate the cores, which the clients share: an image takes 1 / raw + 1 / bare seconds.
+    Both saturate the cores, which the clients share: an image takes 1 / raw + 1 / bare seconds. It
+    is no hard limit, since gRPC's part is of a server that answers each request by itself.
     """
     return 1 / (1 + found.ratio("raw", bare))
 
