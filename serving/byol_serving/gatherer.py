@@ -84,7 +84,8 @@ class Gatherer(Generic[Item, Results]):
             run: answers a batch with as many results, in order, in much less than a millisecond. If
                 it raises, every request in the batch gets the exception.
             then: further steps by name; each is given what the one before returned. What the last
-                one returns are the results.
+                one returns are the results. Exceptions among the items are what became of them
+                before: they are passed on, and do not count.
             max_batch: items at which a batch is full; a single request may have more.
             name: of `run` as a step in a call's times.
             watch: told of each step of each batch when the batch is done.
@@ -201,9 +202,10 @@ class Gatherer(Generic[Item, Results]):
 
     def _answer(self, batch: list[_Job[Item, Results]]) -> None:
         results: Any = [item for job in batch for item in job.items]
-        count, times = len(results), [time.perf_counter()]
+        times, counts = [time.perf_counter()], []
         try:
             for step in self._steps.values():
+                counts.append(sum(not isinstance(each, Exception) for each in results))
                 results = step(results)
                 times.append(time.perf_counter())
         except Exception as error:
@@ -215,7 +217,7 @@ class Gatherer(Generic[Item, Results]):
             self._size = max(1, self._size // 2)
         elif took < _TURN_S / 2:
             self._size = min(self._max_batch, self._size * 2)
-        self.seconds_per_item += (took / count - self.seconds_per_item) * 0.2
+        self.seconds_per_item += (took / counts[0] - self.seconds_per_item) * 0.2
         at = 0
         for job in batch:
             job.times = times
@@ -223,6 +225,9 @@ class Gatherer(Generic[Item, Results]):
             at += len(job.items)
         if self._watch is not None:
             waits = [times[0] - job.queued for job in batch]
-            for name, (began, ended) in zip(self._steps, pairwise(times), strict=True):
-                self._watch(name, BatchRun(count, ended - began, waits))
+            for name, count, (began, ended) in zip(
+                self._steps, counts, pairwise(times), strict=True
+            ):
+                if count:
+                    self._watch(name, BatchRun(count, ended - began, waits))
                 waits = [0.0] * len(waits)  # a later step begins where the one before ends

@@ -116,11 +116,13 @@ async def test_thumbnails_stay_on_the_event_loop_and_give_the_same_rows(
     with pytest.raises(InvalidImage, match="image 1: damaged JPEG") as caught:
         await asked.embed_images([files[0], files[1][:-200] + b"\xff\xd8" * 100])
     assert caught.value.position == 1
+    before = items(runs, "decode") - items(runs, "inference")
     bad, good = await asyncio.gather(
         asked.embed_images([files[1][:-200]]), asked.embed_images(files), return_exceptions=True
     )
     assert isinstance(bad, InvalidImage)
     assert isinstance(good, np.ndarray)
+    assert items(runs, "decode") - items(runs, "inference") == before + 1
     np.testing.assert_allclose(good, rows, atol=1e-6)
     await asked.close()
     with pytest.raises(Unavailable):
