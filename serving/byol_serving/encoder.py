@@ -102,7 +102,7 @@ class Encoder:
             )
         _check_nodes(self._session, bundle)
         self.graph_sizes: list[int] = []
-        """Padded sizes that `warm_up` found faster as CUDA graphs."""
+        """Padded sizes that `warm_up` found faster as CUDA graphs, of any worker."""
         self._recording: Callable[[], ort.InferenceSession] | None = None
         if cuda_graphs:
             _check_for_graphs(self.provider)
@@ -212,7 +212,8 @@ class Encoder:
                 runner.embed(blank[:batch])
             if self._recording is not None:
                 tolerance = GOLDEN_TOLERANCE[self.bundle.info.precision]
-                self.graph_sizes = record(runner, self._recording, tolerance)
+                recorded = record(runner, self._recording, tolerance)
+                self.graph_sizes = sorted({*self.graph_sizes, *recorded})
         curve = measure_curve(lambda n: runners[0].embed(blank[:n]), min(max_batch, GPU_MAX_BATCH))
         for runner in runners:
             self._padded.put(runner)

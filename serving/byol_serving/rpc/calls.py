@@ -206,7 +206,7 @@ class Call:
             STEPS.set(self.steps)  # of this call's own task, and of those it starts
         self._trailers: Pairs = ((REQUEST_ID_KEY, self.request_id),)
         """Sent with an error in any case; else only if there is something to find with the id, as
-        trailers take a twentieth of the time of a thumbnail."""
+        trailers made an empty call 7 to 12% dearer."""
         if REQUEST_ID_KEY in metadata or log.isEnabledFor(logging.INFO):
             context.set_trailing_metadata(self._trailers)
         calls.began()

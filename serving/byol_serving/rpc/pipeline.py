@@ -8,7 +8,7 @@ which cost even less, stay on the event loop.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ from byol_serving.timing import BatchRun, note
 Embeddings = NDArray[np.float32]
 Row = NDArray[np.float32]
 """One embedding, [D]."""
+_Answers = Embeddings | list[Row | InvalidImage]
+"""A list where an image is bad."""
 Value = TypeVar("Value", bound=np.generic)
 
 _DECODE_CHUNK = 64
@@ -102,15 +104,13 @@ class Pipeline:
             name="inference",
             watch=watch,
         )
-        self._both: Batcher[bytes, list[Row | InvalidImage]] | None = None
-        self._gathered: Gatherer[tuple[bytes, Jpeg], Embeddings | list[Row | InvalidImage]] | None
-        self._gathered = None
+        self._both: Batcher[bytes, _Answers] | None = None
+        self._gathered: Gatherer[tuple[bytes, Jpeg], _Answers] | None = None
         if together:
-            most = min(_GATHERED, enough or config.max_batch)
             self._gathered = Gatherer(
                 self._decode_thumbnails,
                 then={"inference": self._infer_good},
-                max_batch=most,
+                max_batch=min(_GATHERED, enough or config.max_batch),
                 name="decode",
                 watch=watch,
             )
@@ -122,11 +122,7 @@ class Pipeline:
         self.budget = Budget(
             max_images=config.max_queued_images,
             max_bytes=config.max_queued_bytes,
-            seconds_per_image=lambda: max(
-                (self._both or self._decoding).seconds_per_item / config.decode_workers,
-                self._inference.seconds_per_item / config.inference_workers,
-                0.0 if self._gathered is None else self._gathered.seconds_per_item,
-            ),
+            seconds_per_image=partial(self._seconds_per_image, config),
         )
 
     async def embed_images(
@@ -220,6 +216,14 @@ class Pipeline:
             return await self.budget.wait_for(images, size)
         return self.budget.claim(images, size)
 
+    def _seconds_per_image(self, config: ServeConfig) -> float:
+        """The present pace, of the slowest step."""
+        return max(
+            (self._both or self._decoding).seconds_per_item / config.decode_workers,
+            self._inference.seconds_per_item / config.inference_workers,
+            0.0 if self._gathered is None else self._gathered.seconds_per_item,
+        )
+
     def _thumbnails(self, images: Sequence[bytes]) -> list[Jpeg] | None:
         """The headers, if all are so small that the event loop decodes them; None: threads do."""
         if not self._small_input or len(images) > _AT_ONCE:
@@ -263,9 +267,7 @@ class Pipeline:
         """Runs in an inference thread."""
         return self._embed(frames[0][None] if len(frames) == 1 else np.stack(frames))
 
-    def _infer_good(
-        self, frames: list[Pixels | InvalidImage]
-    ) -> Embeddings | list[Row | InvalidImage]:
+    def _infer_good(self, frames: list[Pixels | InvalidImage]) -> _Answers:
         """The embeddings of what could be decoded, in the places of their images."""
         good = [frame for frame in frames if not isinstance(frame, InvalidImage)]
         if len(good) == len(frames):
@@ -275,7 +277,7 @@ class Pipeline:
 
 
 def _good(
-    parts: Sequence[Sequence[NDArray[Value] | InvalidImage]], offset: int = 0
+    parts: Iterable[Iterable[NDArray[Value] | InvalidImage]], offset: int = 0
 ) -> list[NDArray[Value]]:
     """All results in one list; the first that is an error is raised, with its position."""
     found: list[NDArray[Value]] = []
