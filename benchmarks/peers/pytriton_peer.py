@@ -16,7 +16,7 @@ import tritonclient.grpc as triton_grpc
 from numpy.typing import NDArray
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
-from pytriton.triton import Triton, TritonConfig
+from pytriton.triton import Triton, TritonConfig, TritonSecurityConfig
 from tritonclient.grpc._utils import _get_inference_request
 
 from byol_serving.images import Preprocess, load_input
@@ -76,7 +76,8 @@ def main() -> None:
         http_port=port + 1, grpc_port=port, metrics_port=port + 2, grpc_address="127.0.0.1"
     )
     cores = len(os.sched_getaffinity(0))
-    with Triton(config=config) as server:
+    open_to_all = TritonSecurityConfig(restricted_endpoints=[])  # perf_analyzer reads its settings
+    with Triton(config=config, security_config=open_to_all) as server:
         server.bind(
             model_name=MODEL,
             infer_func=[infer_function(setup["model"], setup["size"]) for _ in range(cores)],

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from byol_serving.bundle import Bundle
 from byol_serving.config import ServeConfig
 from byol_serving.encoder import Device, Encoder
-from byol_serving.errors import InvalidConfig
+from byol_serving.held_port import CAN_BE_SHARED, cannot_listen, held_port
 from byol_serving.pb.byol.v1 import admin_pb2, byol_pb2, byol_pb2_grpc
 from byol_serving.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from byol_serving.rpc.calls import Calls
@@ -27,7 +27,7 @@ from byol_serving.rpc.keeper import ModelKeeper
 from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Pipeline
 from byol_serving.rpc.wrapped_server import WrappedServer
-from byol_serving.server_tls import server_credentials
+from byol_serving.server_tls import Certificates
 from byol_serving.shelf import Shelf
 from byol_serving.watching import Watching
 
@@ -41,6 +41,10 @@ SERVICES: Sequence[str] = tuple(
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+_LISTENERS = 64 if CAN_BE_SHARED else 1
+"""Servers of grpc.aio on the port: so many that few of the clients of a moment meet in one, and
+wait for each other there. 16 answer as many thumbnails, but less evenly; 256 are no better."""
 
 _MOST_IN_A_BATCH = 64
 """Where the configuration leaves it to measurement: larger ones make others wait too long."""
@@ -82,16 +86,16 @@ async def open_parts(config: ServeConfig, stack: AsyncExitStack) -> Parts:
     )
 
 
-def new_server(config: ServeConfig, calls: Calls) -> grpc.aio.Server:
+def new_server(config: ServeConfig, calls: Calls) -> WrappedServer:
     """A server without services that listens nowhere yet."""
     return WrappedServer(
         calls,
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),
-            # Otherwise a second server on the port starts happily and takes half of the calls.
-            ("grpc.so_reuseport", int(config.processes > 1)),
+            ("grpc.so_reuseport", int(_LISTENERS > 1)),
         ],
+        listeners=_LISTENERS,
     )
 
 
@@ -109,7 +113,7 @@ def add_embedding(server: grpc.aio.Server, parts: Parts) -> None:
     reflection.enable_server_reflection(names, server)
 
 
-async def start(server: grpc.aio.Server, parts: Parts) -> str:
+async def start(server: WrappedServer, parts: Parts) -> str:
     """Listens, and says SERVING.
 
     Returns:
@@ -119,33 +123,28 @@ async def start(server: grpc.aio.Server, parts: Parts) -> str:
         InvalidConfig: the address cannot be listened on.
     """
     config = parts.config
-    port = _listen(server, config)
-    await server.start()
+    with ExitStack() as held:
+        port = config.port
+        if _LISTENERS > 1 and config.processes == 1:  # otherwise the owner of them all holds it
+            port = held.enter_context(held_port(config.host, port))
+        port = _listen(server, config, f"{config.host}:{port}")
+        await server.start()
     for name in ("", *SERVICES):
         await parts.health.set(name, _SERVING)
     return f"{config.host}:{port}"
 
 
-def _listen(server: grpc.aio.Server, config: ServeConfig) -> int:
-    address = f"{config.host}:{config.port}"
+def _listen(server: WrappedServer, config: ServeConfig, address: str) -> int:
     try:
         if config.tls is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, server_credentials(config.tls))
+            port = server.add_secure_ports(address, Certificates(config.tls).credentials)
     except RuntimeError as error:
         raise cannot_listen(address) from error
     if port == 0:
         raise cannot_listen(address)
     return port
-
-
-def cannot_listen(address: str) -> InvalidConfig:
-    """The error for host:port."""
-    return InvalidConfig(
-        f"cannot listen on {address}: in use, not an address of this machine, or not allowed;"
-        " choose another with --host and --port"
-    )
 
 
 async def _say_health(health: Any, model: str, ready: bool) -> None:

@@ -14,13 +14,12 @@ import asyncio
 import logging
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -30,9 +29,9 @@ import grpc
 
 from byol_serving.config import ServeConfig
 from byol_serving.errors import ByolError, InvalidConfig, Unavailable
+from byol_serving.held_port import CAN_BE_SHARED, held_port
 from byol_serving.pb.byol.v1 import admin_pb2_grpc
 from byol_serving.rpc.forwarding import CHANNEL_OPTIONS
-from byol_serving.server_parts import cannot_listen
 
 log = logging.getLogger("byol.processes")
 
@@ -184,8 +183,13 @@ class Fronts:
         Raises:
             InvalidConfig: the address is in use, or this system cannot spread connections.
         """
-        self._held = _hold(config)
-        self.config = replace(config, port=self._held[0].getsockname()[1])
+        if not CAN_BE_SHARED:
+            raise InvalidConfig(
+                f"processes {config.processes}: only Linux spreads the connections of a port; use 1"
+            )
+        self._held = ExitStack()
+        port = self._held.enter_context(held_port(config.host, config.port))
+        self.config = replace(config, port=port)
         """With the port that was chosen where 0 was asked for."""
         self.folder = _private_folder()
         self._fronts: dict[int, Front] = {}
@@ -252,8 +256,7 @@ class Fronts:
         """Ends what is left, gives the port back and removes the folder."""
         await self._let_be()
         await asyncio.gather(*(front.kill() for front in self._fronts.values()))
-        for held in self._held:
-            held.close()
+        self._held.close()
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
 
     async def _keep(self, front: Front, teach: Callable[..., Awaitable[None]]) -> None:
@@ -280,35 +283,6 @@ class Fronts:
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
-
-
-def _hold(config: ServeConfig) -> list[socket.socket]:
-    """Sockets bound to the address that answer nothing: no other server can take it meanwhile.
-
-    They are bound alone, so that they fail if anybody listens there, and only then share.
-    """
-    if not sys.platform.startswith("linux"):
-        raise InvalidConfig(
-            f"processes {config.processes}: only Linux spreads the connections of a port; use 1"
-        )
-    held: list[socket.socket] = []
-    host, port = config.host.strip("[]"), config.port
-    try:
-        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            each = socket.socket(family, kind)
-            held.append(each)
-            # Without it the traces of former connections would be in the way; with it later
-            # servers would not be refused.
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            each.bind((address[0], port, *address[2:]))
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            port = each.getsockname()[1]
-    except OSError as error:
-        for each in held:
-            each.close()
-        raise cannot_listen(f"{config.host}:{config.port}") from error
-    return held
 
 
 def _private_folder() -> Path:
