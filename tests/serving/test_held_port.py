@@ -110,5 +110,5 @@ async def test_every_listener_answers_and_all_end() -> None:
         ended = ask(channels[0])(b"", timeout=5)
         with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
             await ended
-    with listener(port, share=False):  # nobody listens any more
+    with held_port(HOST, port):  # nobody listens any more
         pass
