@@ -12,6 +12,8 @@ import sys
 import grpc
 import uvloop
 
+LISTENERS = 64
+
 
 class _Constant(grpc.GenericRpcHandler):
     """Any method: bytes in, the same bytes out each time."""
@@ -33,11 +35,13 @@ class _Constant(grpc.GenericRpcHandler):
 async def main() -> None:
     """Serves until it is killed."""
     port, size = map(int, sys.argv[1:])
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
-    server.add_generic_rpc_handlers([_Constant(bytes(size))])
-    server.add_insecure_port(f"127.0.0.1:{port}")
-    await server.start()
-    await server.wait_for_termination()
+    options = [("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 1)]
+    servers = [grpc.aio.server(options=options) for _ in range(LISTENERS)]
+    for server in servers:
+        server.add_generic_rpc_handlers([_Constant(bytes(size))])
+        server.add_insecure_port(f"127.0.0.1:{port}")
+        await server.start()
+    await asyncio.gather(*(server.wait_for_termination() for server in servers))
 
 
 if __name__ == "__main__":

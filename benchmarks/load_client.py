@@ -94,7 +94,7 @@ async def load(
 
 
 async def grpc_sender(setup: dict[str, Any], clients: int, connections: int) -> list[Send]:
-    """HTTP/2 carries many calls at a time; a server of several processes wants connections."""
+    """HTTP/2 carries many calls at a time; clients that are programs have a connection each."""
     while len(_channels) < connections:
         own = (("grpc.use_local_subchannel_pool", 1),)
         _channels.append(grpc.aio.insecure_channel(setup["address"], own))

@@ -118,12 +118,13 @@ class Server:
             self._stack = stack.pop_all()
 
     def window(
-        self, clients: int, seconds: float, connections: int = 1, *, lists: bool = False
+        self, clients: int, seconds: float, *, one_connection: bool = False, lists: bool = False
     ) -> Window:
-        """Closed-loop load by so many clients, who share the connections where that is gRPC."""
+        """Closed-loop load by so many clients, with a connection each, or one if that is gRPC."""
         bodies = self._lists if lists else self._bodies
         assert bodies is not None, f"{self.name} has no lists to be sent"
         began, before = time.monotonic(), self._cpu_s()
+        connections = 1 if one_connection else clients
         load = {"clients": clients, "seconds": seconds, "connections": connections}
         answer_bytes = _ANSWER_BYTES * bodies.images
         answer = self._ask(load | {"bodies": str(bodies.folder), "answer_bytes": answer_bytes})

@@ -6,8 +6,9 @@ Runtime in one process with as many threads and batches as our server, and no se
 receives the same requests and does nothing. Together they give the ceiling of a server whose
 clients share its cores, as here, and `p99_vs_p50_LOAD_bare` is how evenly gRPC alone answers.
 `raw_in_flight` is how evenly the machine itself does: plain threads with eight images in flight,
-and neither server nor clients. With the tiny encoders several processes of ours are held against
-one that serves as many connections, and clients also send lists, as those do who have many images.
+and neither server nor clients. Clients have a connection each; of thumbnails, the most also share
+one. With the tiny encoders several processes of ours are held against one, and clients also send
+lists, as those do who have many images.
 All servers are alive together and are measured in rotating windows, while the others are stopped;
 peers decode with our decoder.
 """
@@ -52,12 +53,9 @@ OF_TINY = ("processes", "bare lists")
 PEER_CLIENTS = 32
 """Where a model bounds them all; of thumbnails, peers are asked by as many clients as ours."""
 PROCESSES = max(2, available_cpus() // 4)
-CONNECTIONS = 32
-"""Which the system spreads over the processes; one client each."""
-ONE = f"1 process, {CONNECTIONS} channels"
-SEVERAL = f"{PROCESSES} processes, {CONNECTIONS} channels"
+SEVERAL = f"{PROCESSES} processes, {PEER_CLIENTS} clients"
 LIST_CLIENTS = 8
-"""Who send lists, over a connection each."""
+"""Who send lists."""
 ONE_LISTS = f"1 process, lists of {IN_A_LIST}"
 SEVERAL_LISTS = f"{PROCESSES} processes, lists of {IN_A_LIST}"
 BARE_LISTS = f"bare gRPC, lists of {IN_A_LIST}"
@@ -71,7 +69,7 @@ class Step:
     label: str
     server: str
     clients: int
-    connections: int = 1
+    one_connection: bool = False
     lists: bool = False
     """Whether not single images are sent."""
 
@@ -167,7 +165,9 @@ def measure(
                 singles.append(single)
             for step in plan:
                 with servers[step.server].awake() as server:
-                    window = server.window(step.clients, lasts, step.connections, lists=step.lists)
+                    window = server.window(
+                        step.clients, lasts, one_connection=step.one_connection, lists=step.lists
+                    )
                 if number:
                     rates.setdefault(step.label, []).append(window.images_per_s)
                     windows.setdefault(step.label, []).append(window)
@@ -201,14 +201,16 @@ def planned(load: Load, peers: tuple[str, ...], *, quick: bool) -> list[Step]:
     plan += [Step(f"{name}, {n} clients", name, n) for name in peers for n in crowds]
     if not slow:  # which the encoder bounds, in any number of processes and calls
         plan += [
-            Step(ONE, "ours", CONNECTIONS, CONNECTIONS),
-            Step(SEVERAL, "processes", CONNECTIONS, CONNECTIONS),
-            Step(ONE_LISTS, "ours", LIST_CLIENTS, LIST_CLIENTS, lists=True),
-            Step(SEVERAL_LISTS, "processes", LIST_CLIENTS, LIST_CLIENTS, lists=True),
-            Step(BARE_LISTS, "bare lists", LIST_CLIENTS, LIST_CLIENTS),
+            Step(SEVERAL, "processes", PEER_CLIENTS),
+            Step(ONE_LISTS, "ours", LIST_CLIENTS, lists=True),
+            Step(SEVERAL_LISTS, "processes", LIST_CLIENTS, lists=True),
+            Step(BARE_LISTS, "bare lists", LIST_CLIENTS),
         ]
     if not slow and "pytriton" in peers:  # LitServe takes one image a request
-        plan.append(Step(TRITON_LISTS, "pytriton", LIST_CLIENTS, LIST_CLIENTS, lists=True))
+        plan.append(Step(TRITON_LISTS, "pytriton", LIST_CLIENTS, lists=True))
+    if load.name == "tiny":
+        sharing = ["ours", "bare", *(name for name in peers if name == "pytriton")]
+        plan += [Step(shared_label(name), name, most, one_connection=True) for name in sharing]
     return plan
 
 
@@ -223,7 +225,8 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     for name in peers:
         ratios |= against(load, found, name)
     if SEVERAL in found.rates:
-        ratios[f"{load}_processes_vs_one"] = found.ratio(SEVERAL, ONE)
+        one = f"ours, {PEER_CLIENTS} clients"
+        ratios[f"{load}_processes_vs_one"] = found.ratio(SEVERAL, one)
         ratios[f"{load}_processes_vs_raw"] = found.ratio(SEVERAL, "raw")
         ratios[f"{load}_lists_vs_raw"] = found.ratio(ONE_LISTS, "raw")
         ratios[f"{load}_processes_lists_vs_raw"] = found.ratio(SEVERAL_LISTS, "raw")
@@ -231,6 +234,12 @@ def ratios_of(load: str, found: Measured, peers: tuple[str, ...]) -> dict[str, f
     if TRITON_LISTS in found.rates:
         ratios[f"{load}_lists_vs_pytriton"] = found.ratio(ONE_LISTS, TRITON_LISTS)
         ratios[f"{load}_processes_lists_vs_pytriton"] = found.ratio(SEVERAL_LISTS, TRITON_LISTS)
+    if shared := found.windows.get(shared_label("ours")):
+        ratios[f"p99_vs_p50_{load}_one_connection"] = unevenness(shared)
+    if (theirs := shared_label("pytriton")) in found.rates:
+        for name in ("ours", "bare"):
+            key = f"{load}_{name}_one_connection_vs_pytriton"
+            ratios[key] = found.ratio(shared_label(name), theirs)
     ratios[f"p99_vs_p50_{load}"] = unevenness(found.windows[f"ours, {EVEN} clients"])
     ratios[f"p99_vs_p50_{load}_raw"] = percentile_99(found.raw_shares)
     ratios[f"p99_vs_p50_{load}_bare"] = unevenness(found.windows[bare_label(EVEN)])
@@ -272,6 +281,11 @@ def ceiling_vs_raw(found: Measured, bare: str) -> float:
 def bare_label(clients: int) -> str:
     """Of its windows."""
     return f"bare gRPC, {clients} clients"
+
+
+def shared_label(server: str) -> str:
+    """Of the windows in which all clients share a connection."""
+    return f"{server}, 1 connection"
 
 
 def unevenness(windows: list[Window]) -> float:
