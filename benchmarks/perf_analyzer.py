@@ -1,9 +1,10 @@
-"""Our server under Triton's perf_analyzer, beside our own clients, in turn on the same server.
+"""Our server and Triton under Triton's perf_analyzer, whose clients are C++.
 
-JPEGs of 32 pixels and a tiny encoder, so that server and clients are what is measured: ours sends
-byol.v1 Embed, perf_analyzer the Open Inference Protocol's ModelInfer with BYTES inputs; both keep
-the same number of requests in flight. perf_analyzer is in the bin folder of tritonclient 2.41 (the
-last that fits our grpcio), or where PERF_ANALYZER says; the libraries that it lacks are among
+JPEGs of 32 pixels and a tiny encoder, so that server and clients are what is measured: to both
+servers it sends the Open Inference Protocol's ModelInfer with the same files as BYTES, in turn.
+Beside it our server is asked by the clients of serve_load.py, which are Python and cost more. With
+--no-peers Triton is left out. perf_analyzer is in the bin folder of tritonclient 2.41 (the last
+that fits our grpcio), or where PERF_ANALYZER says; the libraries that it lacks are among
 nvidia-pytriton's.
 """
 
@@ -11,61 +12,104 @@ import base64
 import csv
 import json
 import os
+import statistics
 import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from load_material import Load, small_images, tiny_encoder, write_images
-from load_servers import ours
+from load_servers import Server, ours, peer
 
 from harness import PEER_PYTHON, Rate, options, report
 
-IN_FLIGHT = 32
+CLIENTS = (8, 32, 128)
 AGREEMENT = 50
 """Percent by which its three last windows may differ; on a busy machine its own 10 never come."""
 BINARY = Path(os.environ.get("PERF_ANALYZER", Path(sys.executable).parent / "perf_analyzer"))
 LIBRARIES = {"libb64-*": "libb64.so.0d", "libcudart-*": "libcudart.so.12"}
 
 
+@dataclass(frozen=True)
+class Target:
+    """A server, and how perf_analyzer asks it."""
+
+    server: Server
+    model: str
+    inputs: Path
+    more: Sequence[str] = ()
+    """Arguments beside those that all have."""
+
+
 def main() -> None:
     """Measures and prints."""
     chosen = options(__doc__ or "")
-    rounds, seconds = (1, 1.0) if chosen.quick else (5, 4.0)
-    rates: dict[str, list[float]] = {"ours": [], "perf_analyzer": []}
-    tails: dict[str, list[float]] = {"ours": [], "perf_analyzer": []}
-    with tempfile.TemporaryDirectory() as name:
+    rounds, seconds = (1, 1.0) if chosen.quick else (5, 2.0)
+    rates: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         scratch = Path(name)
         environment = libraries(scratch)
         run(["--version"], environment)  # it should fail before a server is started
-        files = small_images(256)
-        bundle = tiny_encoder(scratch / "tiny", 32)
-        load = Load("tiny", bundle, write_images(scratch / "jpeg", files))
-        inputs = write_inputs(scratch / "inputs.json", files)
-        server = ours(load, scratch)
-        try:
-            for number in range(rounds + 1):  # the first warms up and is not counted
-                window = server.window(IN_FLIGHT, seconds)
-                rate, tail = analyze(bundle.info.name, server.address, inputs, seconds, environment)
+        targets = started(scratch, stack, peers=chosen.peers)
+        for number in range(rounds + 1):  # the first warms up and is not counted
+            for label, target in targets.items():
+                for clients in CLIENTS:
+                    with target.server.awake():
+                        rate, tail = analyze(target, clients, seconds, environment)
+                    if number:
+                        rates.setdefault(f"{label}, {clients} clients", []).append(rate)
+                        rates.setdefault(f"{label}, {clients} clients, p99", []).append(tail)
+            for clients in CLIENTS:
+                with targets["ours"].server.awake() as server:
+                    window = server.window(clients, seconds)
                 if number:
-                    rates["ours"].append(window.images_per_s)
-                    tails["ours"].append(window.p99_ms)
-                    rates["perf_analyzer"].append(rate)
-                    tails["perf_analyzer"].append(tail)
-        finally:
-            server.stop()
-    results = {f"by {name}": Rate("images/s", tuple(values)) for name, values in rates.items()}
-    results |= {f"p99 by {name}": Rate("ms", tuple(values)) for name, values in tails.items()}
-    ours_rate, theirs = (results[f"by {name}"].median for name in rates)
+                    own = rates.setdefault(f"ours, {clients} clients in Python", [])
+                    own.append(window.images_per_s)
+    ratios = {}
+    for clients in CLIENTS:
+        asked = rates[f"ours, {clients} clients"]
+        own = rates[f"ours, {clients} clients in Python"]
+        ratios[f"perf_analyzer_vs_python_clients_{clients}"] = ratio(asked, own)
+        if theirs := rates.get(f"pytriton, {clients} clients"):
+            ratios[f"vs_pytriton_{clients}"] = ratio(asked, theirs)
     report(
         "perf_analyzer",
         chosen,
-        results,
-        {"perf_analyzer_vs_ours": theirs / ours_rate},
+        {
+            name: Rate("ms" if name.endswith("p99") else "images/s", tuple(values))
+            for name, values in rates.items()
+        },
+        ratios,
         packages=["onnxruntime", "grpcio", "tritonclient"],
-        facts={"in flight": IN_FLIGHT, "rounds": rounds},
+        facts={"rounds": rounds, "seconds": seconds},
     )
+
+
+def started(scratch: Path, stack: ExitStack, *, peers: bool) -> dict[str, Target]:
+    """The servers, asleep."""
+    files = small_images(256)
+    bundle = tiny_encoder(scratch / "tiny", 32)
+    load = Load("tiny", bundle, write_images(scratch / "jpeg", files))
+    inputs = write_inputs(scratch / "ours.json", "images", files)
+    shape = ["--shape", "images:1"]  # of any number of images, which it wants to be told
+    targets = {"ours": Target(ours(load, scratch), bundle.info.name, inputs, shape)}
+    stack.callback(targets["ours"].server.stop)
+    if peers:
+        inputs = write_inputs(scratch / "pytriton.json", "image", files)
+        targets["pytriton"] = Target(peer("pytriton", load, scratch), "embed", inputs)
+        stack.callback(targets["pytriton"].server.stop)
+    for target in targets.values():
+        target.server.sleep()
+    return targets
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median over the rounds, each compared within itself."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def libraries(scratch: Path) -> dict[str, str]:
@@ -97,22 +141,22 @@ def run(words: list[str], environment: dict[str, str]) -> None:
         raise SystemExit(f"{BINARY} failed: {found.stderr.strip() or found.stdout.strip()}")
 
 
-def write_inputs(path: Path, files: list[bytes]) -> Path:
+def write_inputs(path: Path, name: str, files: list[bytes]) -> Path:
     """Its input data: elements of BYTES follow their length, as in the protocol's raw contents."""
     elements = (struct.pack("<I", len(data)) + data for data in files)
-    steps = [{"images": {"b64": base64.b64encode(each).decode()}} for each in elements]
+    steps = [{name: {"b64": base64.b64encode(each).decode()}} for each in elements]
     path.write_text(json.dumps({"data": steps}))
     return path
 
 
 def analyze(
-    model: str, address: str, inputs: Path, seconds: float, environment: dict[str, str]
+    target: Target, clients: int, seconds: float, environment: dict[str, str]
 ) -> tuple[float, float]:
     """Inferences a second and the 99th percentile in ms, once three windows agree."""
-    out = inputs.with_suffix(".csv")
-    words = ["-m", model, "-u", address, "-i", "grpc", "--input-data", str(inputs)]
-    words += ["--shape", "images:1", "--concurrency-range", str(IN_FLIGHT), "-f", str(out)]
-    words += ["--measurement-interval", str(round(seconds * 1000))]
+    out = target.inputs.with_suffix(".csv")
+    words = ["-m", target.model, "-u", target.server.address, "-i", "grpc", *target.more]
+    words += ["--input-data", str(target.inputs), "--concurrency-range", str(clients)]
+    words += ["--measurement-interval", str(round(seconds * 1000)), "-f", str(out)]
     run([*words, "--stability-percentage", str(AGREEMENT)], environment)
     with out.open() as file:
         (row,) = csv.DictReader(file)
