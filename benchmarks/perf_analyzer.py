@@ -49,26 +49,12 @@ def main() -> None:
     """Measures and prints."""
     chosen = options(__doc__ or "")
     rounds, seconds = (1, 1.0) if chosen.quick else (5, 2.0)
-    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         scratch = Path(name)
         environment = libraries(scratch)
         run(["--version"], environment)  # it should fail before a server is started
         targets = started(scratch, stack, peers=chosen.peers)
-        for number in range(rounds + 1):  # the first warms up and is not counted
-            for label, target in targets.items():
-                for clients in CLIENTS:
-                    with target.server.awake():
-                        rate, tail = analyze(target, clients, seconds, environment)
-                    if number:
-                        rates.setdefault(f"{label}, {clients} clients", []).append(rate)
-                        rates.setdefault(f"{label}, {clients} clients, p99", []).append(tail)
-            for clients in CLIENTS:
-                with targets["ours"].server.awake() as server:
-                    window = server.window(clients, seconds)
-                if number:
-                    own = rates.setdefault(f"ours, {clients} clients in Python", [])
-                    own.append(window.images_per_s)
+        rates = measured(targets, rounds, seconds, environment)
     ratios = {}
     for clients in CLIENTS:
         asked = rates[f"ours, {clients} clients"]
@@ -87,6 +73,28 @@ def main() -> None:
         packages=["onnxruntime", "grpcio", "tritonclient"],
         facts={"rounds": rounds, "seconds": seconds},
     )
+
+
+def measured(
+    targets: dict[str, Target], rounds: int, seconds: float, environment: dict[str, str]
+) -> dict[str, list[float]]:
+    """Rates and 99th percentiles by what was measured; the first round is not counted."""
+    found: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        for label, target in targets.items():
+            for clients in CLIENTS:
+                with target.server.awake():
+                    rate, tail = analyze(target, clients, seconds, environment)
+                if number:
+                    found.setdefault(f"{label}, {clients} clients", []).append(rate)
+                    found.setdefault(f"{label}, {clients} clients, p99", []).append(tail)
+        for clients in CLIENTS:
+            with targets["ours"].server.awake() as server:
+                window = server.window(clients, seconds)
+            if number:
+                own = found.setdefault(f"ours, {clients} clients in Python", [])
+                own.append(window.images_per_s)
+    return found
 
 
 def started(scratch: Path, stack: ExitStack, *, peers: bool) -> dict[str, Target]:
