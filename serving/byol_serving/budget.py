@@ -31,7 +31,7 @@ class Budget:
         """Room for a request, until the claim's `with` block ends.
 
         Raises:
-            InvalidRequest: it would not fit an empty server.
+            InvalidRequest: there are no images in it, or it would not fit an empty server.
             Overloaded: it does not fit now; with a hint when it might.
         """
         claim = self._possible(images, size)
@@ -65,6 +65,8 @@ class Budget:
         return claim
 
     def _possible(self, images: int, size: int) -> "Claim":
+        if not images:
+            raise InvalidRequest("the request has no images; send at least one")
         if images > self.max_images or size > self.max_bytes:
             raise InvalidRequest(
                 f"{images} images ({size} bytes with their pixels) can never fit the queue of"

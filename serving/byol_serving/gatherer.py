@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_serving.errors import DeadlinePassed, Unavailable
-from byol_serving.timing import BatchRun, note
+from byol_serving.timing import STEPS, BatchRun, note
 
 Item = TypeVar("Item")
 Results = TypeVar("Results", bound=Sequence[object] | NDArray[np.generic])
@@ -136,6 +136,8 @@ class Gatherer(Generic[Item, Results]):
             self._turn_is_due = True
             loop.call_soon(self._turn, loop)
         results = await job.future
+        if STEPS.get() is None:  # nobody watches
+            return results
         queued = job.queued
         for name, (began, ended) in zip(self._steps, pairwise(job.times), strict=True):
             note(name, len(items), queued, began, ended)
@@ -201,12 +203,11 @@ class Gatherer(Generic[Item, Results]):
         return batch
 
     def _answer(self, batch: list[_Job[Item, Results]]) -> None:
-        results: Any = [item for job in batch for item in job.items]
-        times, counts = [time.perf_counter()], []
+        given: list[Any] = [[item for job in batch for item in job.items]]
+        times = [time.perf_counter()]
         try:
             for step in self._steps.values():
-                counts.append(sum(not isinstance(each, Exception) for each in results))
-                results = step(results)
+                given.append(step(given[-1]))
                 times.append(time.perf_counter())
         except Exception as error:
             for job in batch:
@@ -217,17 +218,17 @@ class Gatherer(Generic[Item, Results]):
             self._size = max(1, self._size // 2)
         elif took < _TURN_S / 2:
             self._size = min(self._max_batch, self._size * 2)
-        self.seconds_per_item += (took / counts[0] - self.seconds_per_item) * 0.2
-        at = 0
+        self.seconds_per_item += (took / len(given[0]) - self.seconds_per_item) * 0.2
+        results, at = given.pop(), 0
         for job in batch:
             job.times = times
             job.future.set_result(results[at : at + len(job.items)])
             at += len(job.items)
         if self._watch is not None:
             waits = [times[0] - job.queued for job in batch]
-            for name, count, (began, ended) in zip(
-                self._steps, counts, pairwise(times), strict=True
+            for name, items, (began, ended) in zip(
+                self._steps, given, pairwise(times), strict=True
             ):
-                if count:
+                if count := sum(not isinstance(each, Exception) for each in items):
                     self._watch(name, BatchRun(count, ended - began, waits))
                 waits = [0.0] * len(waits)  # a later step begins where the one before ends

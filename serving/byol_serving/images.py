@@ -11,7 +11,7 @@ Everything else, and every JPEG that is not plain RGB or grey, goes through Pill
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -135,8 +135,7 @@ def load_input(
     return _upright(_fit(raster, how), raster.orientation)
 
 
-@dataclass(frozen=True)
-class _Raster:
+class _Raster(NamedTuple):
     """Decoded pixels as they lie in the file, and what they are of the whole picture."""
 
     pixels: Pixels

@@ -5,14 +5,13 @@ files that have nothing special to them and leaves all others to Pillow: what it
 Pillow would say.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _TABLES = frozenset((0xC4, 0xDB, 0xDD, 0xE0, 0xFE))
 """DHT, DQT, DRI, APP0 (JFIF) and COM: markers that change nothing about how pixels are read."""
 
 
-@dataclass(frozen=True)
-class Jpeg:
+class Jpeg(NamedTuple):
     """What must be known of a file before it is decoded."""
 
     width: int

@@ -173,14 +173,14 @@ class Call:
     __slots__ = (
         "_calls",
         "_context",
-        "_trailers",
+        "_given_id",
+        "_request_id",
         "authorization",
         "began",
         "code",
         "ended",
         "error",
         "method",
-        "request_id",
         "steps",
         "token",
         "trace_parent",
@@ -193,7 +193,8 @@ class Call:
         """As gRPC has it: /byol.v1.Embedder/Embed."""
         self.began = self.ended = time.perf_counter()
         metadata = dict(METADATA.get())
-        self.request_id = _request_id(metadata.get(REQUEST_ID_KEY))
+        self._given_id = metadata.get(REQUEST_ID_KEY)
+        self._request_id = ""
         self.authorization = metadata.get(AUTHORIZATION_KEY)
         self.token: Token | None = None
         """The caller's."""
@@ -204,12 +205,21 @@ class Call:
         self.steps: list[Step] = []
         if calls.watched:
             STEPS.set(self.steps)  # of this call's own task, and of those it starts
-        self._trailers: Pairs = ((REQUEST_ID_KEY, self.request_id),)
-        """Sent with an error in any case; else only if there is something to find with the id, as
-        trailers made an empty call 7 to 12% dearer."""
-        if REQUEST_ID_KEY in metadata or log.isEnabledFor(logging.INFO):
+        # With an error in any case; else only if there is something to find with the id, as
+        # trailers made an empty call 7 to 12% dearer.
+        if self._given_id is not None or log.isEnabledFor(logging.INFO):
             context.set_trailing_metadata(self._trailers)
         calls.began()
+
+    @property
+    def request_id(self) -> str:
+        """Made when it is first asked for, which most calls that succeed are not."""
+        self._request_id = self._request_id or _request_id(self._given_id)
+        return self._request_id
+
+    @property
+    def _trailers(self) -> Pairs:
+        return ((REQUEST_ID_KEY, self.request_id),)
 
     @property
     def caller(self) -> str:

@@ -1,6 +1,6 @@
 """The Embedder service: images in, vectors out."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -20,7 +20,6 @@ from byol_serving.rpc.convert import (
     tensor_to_pixels,
 )
 from byol_serving.rpc.models import Model, Models
-from byol_serving.rpc.pipeline import Embeddings
 from byol_serving.rpc.pools import in_order
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -34,9 +33,9 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
         self._models = models
         self._window = stream_window
 
-    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+    def Embed(self, request: pb.EmbedRequest, context: Context) -> Awaitable[pb.EmbedResponse]:
         """One batch."""
-        return await self._embed(request, deadline_of(context), wait=False)
+        return self._embed(request, deadline_of(context), wait=False)
 
     async def EmbedStream(
         self, requests: AsyncIterator[pb.EmbedRequest], context: Context
@@ -107,22 +106,19 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
                 " ask for float32 or float16"
             )
         with self._models.using(request.model, request.version) as model:
-            rows = await _rows(model, request, deadline, wait=wait)
+            images = _images(model, request)
+            if request.unnormalized:
+                found = await model.features.extract(
+                    images, [RAW_EMBEDDING], deadline=deadline, wait=wait
+                )
+                rows = found[RAW_EMBEDDING]
+            elif isinstance(images, np.ndarray):
+                rows = await model.pipeline.embed_pixels(images, deadline=deadline, wait=wait)
+            else:
+                rows = await model.pipeline.embed_images(images, deadline=deadline, wait=wait)
         response = pb.EmbedResponse(encoder_id=model.info.encoder_id)
         pack_embeddings(response.embeddings, rows, request.dtype)
         return response
-
-
-async def _rows(
-    model: Model, request: pb.EmbedRequest, deadline: float | None, *, wait: bool
-) -> Embeddings:
-    images = _images(model, request)
-    if request.unnormalized:
-        found = await model.features.extract(images, [RAW_EMBEDDING], deadline=deadline, wait=wait)
-        return found[RAW_EMBEDDING]
-    if isinstance(images, np.ndarray):
-        return await model.pipeline.embed_pixels(images, deadline=deadline, wait=wait)
-    return await model.pipeline.embed_images(images, deadline=deadline, wait=wait)
 
 
 def _images(

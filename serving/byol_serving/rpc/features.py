@@ -111,7 +111,8 @@ class Features:
         if not isinstance(images, np.ndarray):
             images = list(images)  # as in `Pipeline.embed_images`
             size += sum(map(len, images))
-        with await self._pipeline.claim(len(images), size, wait=wait):
+        room, count = self._pipeline.budget, len(images)
+        with await room.wait_for(count, size) if wait else room.claim(count, size):
             pixels: Sequence[Pixels] | Pixels
             if isinstance(images, np.ndarray):
                 pixels = images

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_serving.batcher import Batcher
-from byol_serving.budget import Budget, Claim
+from byol_serving.budget import Budget
 from byol_serving.config import ServeConfig
 from byol_serving.decoder import decode_all
-from byol_serving.errors import InvalidImage, InvalidRequest
+from byol_serving.errors import InvalidImage
 from byol_serving.gatherer import Gatherer
 from byol_serving.images import Pixels, Preprocess
 from byol_serving.jpeg_header import Jpeg, plain_jpeg
@@ -141,21 +141,26 @@ class Pipeline:
             Overloaded, DeadlinePassed, Unavailable: nothing is wrong with the images.
         """
         images = list(images)  # a message copies a file each time that it is asked for it
-        size = sum(map(len, images)) + len(images) * self._pixel_bytes
-        with await self.claim(len(images), size, wait=wait):
-            if (headers := self._thumbnails(images)) is not None:
-                return await self._at_once(images, headers, deadline)
+        count = len(images)
+        size = sum(map(len, images)) + count * self._pixel_bytes
+        room = self.budget
+        with await room.wait_for(count, size) if wait else room.claim(count, size):
+            if (thumbnails := self._thumbnails(images)) is not None:
+                if self._gathered is None:
+                    return await self._at_once(thumbnails, deadline)
+                found = await self._gathered.submit(thumbnails, deadline=deadline)
+                return found if isinstance(found, np.ndarray) else np.stack(_good([found]))
             if self._both is not None:
                 rows = _good(await self._both.submit(images, deadline=deadline))
                 return rows[0][None] if len(rows) == 1 else np.stack(rows)
             step = self._max_batch
-            if len(images) <= step:
+            if count <= step:
                 return await self._piece(images, 0, deadline)
             # In pieces, so that the first are in the encoder while the last are being decoded.
             pieces = await asyncio.gather(
                 *(
                     self._piece(images[at : at + step], at, deadline)
-                    for at in range(0, len(images), step)
+                    for at in range(0, count, step)
                 ),
                 return_exceptions=True,
             )
@@ -167,7 +172,8 @@ class Pipeline:
         self, pixels: Pixels, *, deadline: float | None = None, wait: bool = False
     ) -> Embeddings:
         """Embeds uint8 [N, S, S, 3]; otherwise as `embed_images`."""
-        with await self.claim(len(pixels), pixels.nbytes, wait=wait):
+        room, count, size = self.budget, len(pixels), pixels.nbytes
+        with await room.wait_for(count, size) if wait else room.claim(count, size):
             return _joined(await self._inference.submit(list(pixels), deadline=deadline))
 
     async def decode(
@@ -203,19 +209,6 @@ class Pipeline:
             if batcher is not None:
                 await batcher.close()
 
-    async def claim(self, images: int, size: int, *, wait: bool) -> Claim:
-        """Room in the budget.
-
-        Raises:
-            InvalidRequest: no images, or more than could ever be queued.
-            Overloaded: no room now, and not to `wait` for it.
-        """
-        if not images:
-            raise InvalidRequest("the request has no images; send at least one")
-        if wait:
-            return await self.budget.wait_for(images, size)
-        return self.budget.claim(images, size)
-
     def _seconds_per_image(self, config: ServeConfig) -> float:
         """The present pace, of the slowest step."""
         return max(
@@ -224,33 +217,30 @@ class Pipeline:
             0.0 if self._gathered is None else self._gathered.seconds_per_item,
         )
 
-    def _thumbnails(self, images: Sequence[bytes]) -> list[Jpeg] | None:
-        """The headers, if all are so small that the event loop decodes them; None: threads do."""
+    def _thumbnails(self, images: Sequence[bytes]) -> list[tuple[bytes, Jpeg]] | None:
+        """With their headers, if all are so small that the event loop decodes them; else None."""
         if not self._small_input or len(images) > _AT_ONCE:
             return None
-        headers = []
+        thumbnails = []
         for data in images:
             header = plain_jpeg(data) if len(data) <= _AT_ONCE_BYTES else None
             if header is None or header.many_scans:
                 return None
             if header.width * header.height > _AT_ONCE_SIDE**2:
                 return None
-            headers.append(header)
-        return headers
+            thumbnails.append((data, header))
+        return thumbnails
 
     async def _at_once(
-        self, images: Sequence[bytes], headers: list[Jpeg], deadline: float | None
+        self, thumbnails: list[tuple[bytes, Jpeg]], deadline: float | None
     ) -> Embeddings:
-        if self._gathered is not None:
-            items = list(zip(images, headers, strict=True))
-            rows = await self._gathered.submit(items, deadline=deadline)
-            return rows if isinstance(rows, np.ndarray) else np.stack(_good([rows]))
+        """For encoders that take longer than handing pixels to their threads does."""
         began = time.perf_counter()
-        frames = _good([self._decode_all(images, headers=headers)])
+        frames = _good([self._decode_thumbnails(thumbnails)])
         ended = time.perf_counter()
-        note("decode", len(images), began, began, ended)
+        note("decode", len(frames), began, began, ended)
         if self._watch is not None:
-            self._watch("decode", BatchRun(len(images), ended - began, [0.0]))
+            self._watch("decode", BatchRun(len(frames), ended - began, [0.0]))
         return _joined(await self._inference.submit(frames, deadline=deadline))
 
     async def _piece(
@@ -265,7 +255,7 @@ class Pipeline:
 
     def _infer(self, frames: list[Pixels]) -> Embeddings:
         """Runs in an inference thread."""
-        return self._embed(frames[0][None] if len(frames) == 1 else np.stack(frames))
+        return self._embed(frames[0][None] if len(frames) == 1 else np.array(frames))
 
     def _infer_good(self, frames: list[Pixels | InvalidImage]) -> _Answers:
         """The embeddings of what could be decoded, in the places of their images."""
