@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_serving.errors import DeadlinePassed, Unavailable
-from byol_serving.timing import STEPS, BatchRun, note
+from byol_serving.timing import STEPS, BatchRun, Step
 
 Item = TypeVar("Item")
 Results = TypeVar("Results", bound=Sequence[object] | NDArray[np.generic])
@@ -62,8 +62,8 @@ class _Job(Generic[Item, Results]):
     deadline: float | None
     future: "asyncio.Future[Results]"
     queued: float
-    times: Sequence[float] = ()
-    """When its batch began, and when each step ended."""
+    steps: list[Step] | None
+    """Of its call, if that is watched."""
 
 
 class Gatherer(Generic[Item, Results]):
@@ -113,8 +113,12 @@ class Gatherer(Generic[Item, Results]):
         self.seconds_per_item = 0.0
         """Moving average of the time that one item takes."""
 
-    async def submit(self, items: Sequence[Item], *, deadline: float | None = None) -> Results:
-        """The results of `items`, in order.
+    def submit(
+        self, items: Sequence[Item], *, deadline: float | None = None
+    ) -> "asyncio.Future[Results]":
+        """The results of `items`, in order, as a future: a coroutine would cost one more.
+
+        Who cancels it while it is queued gives up the request.
 
         Args:
             items: at least one.
@@ -129,20 +133,13 @@ class Gatherer(Generic[Item, Results]):
         loop = asyncio.get_running_loop()
         now = self._looked = time.perf_counter()
         self._waited = 0.0
-        job: _Job[Item, Results] = _Job(items, deadline, loop.create_future(), now)
+        job: _Job[Item, Results] = _Job(items, deadline, loop.create_future(), now, STEPS.get())
         self._queue.append(job)
         self.queued += len(items)
         if not self._turn_is_due:
             self._turn_is_due = True
             loop.call_soon(self._turn, loop)
-        results = await job.future
-        if STEPS.get() is None:  # nobody watches
-            return results
-        queued = job.queued
-        for name, (began, ended) in zip(self._steps, pairwise(job.times), strict=True):
-            note(name, len(items), queued, began, ended)
-            queued = ended
-        return results
+        return job.future
 
     def close(self) -> None:
         """Fails what waits, and refuses more."""
@@ -221,7 +218,8 @@ class Gatherer(Generic[Item, Results]):
         self.seconds_per_item += (took / len(given[0]) - self.seconds_per_item) * 0.2
         results, at = given.pop(), 0
         for job in batch:
-            job.times = times
+            if job.steps is not None:
+                self._note(job.steps, job, times)
             job.future.set_result(results[at : at + len(job.items)])
             at += len(job.items)
         if self._watch is not None:
@@ -232,3 +230,9 @@ class Gatherer(Generic[Item, Results]):
                 if count := sum(not isinstance(each, Exception) for each in items):
                     self._watch(name, BatchRun(count, ended - began, waits))
                 waits = [0.0] * len(waits)  # a later step begins where the one before ends
+
+    def _note(self, steps: list[Step], job: _Job[Item, Results], times: list[float]) -> None:
+        queued = job.queued
+        for name, (began, ended) in zip(self._steps, pairwise(times), strict=True):
+            steps.append(Step(name, len(job.items), queued, began, ended))
+            queued = ended

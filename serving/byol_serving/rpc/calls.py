@@ -173,9 +173,8 @@ class Call:
     __slots__ = (
         "_calls",
         "_context",
-        "_given_id",
+        "_metadata",
         "_request_id",
-        "authorization",
         "began",
         "code",
         "ended",
@@ -183,7 +182,6 @@ class Call:
         "method",
         "steps",
         "token",
-        "trace_parent",
     )
 
     def __init__(self, calls: Calls, method: str, context: _Context) -> None:
@@ -192,14 +190,10 @@ class Call:
         self.method = method
         """As gRPC has it: /byol.v1.Embedder/Embed."""
         self.began = self.ended = time.perf_counter()
-        metadata = dict(METADATA.get())
-        self._given_id = metadata.get(REQUEST_ID_KEY)
+        self._metadata = dict(METADATA.get())
         self._request_id = ""
-        self.authorization = metadata.get(AUTHORIZATION_KEY)
         self.token: Token | None = None
         """The caller's."""
-        self.trace_parent = str(metadata.get(TRACE_KEY, ""))
-        """W3C trace context of the caller; empty if there is none."""
         self.code = self.error = ""
         """The status, and the name of the error's class, if there was one."""
         self.steps: list[Step] = []
@@ -207,15 +201,25 @@ class Call:
             STEPS.set(self.steps)  # of this call's own task, and of those it starts
         # With an error in any case; else only if there is something to find with the id, as
         # trailers made an empty call 7 to 12% dearer.
-        if self._given_id is not None or log.isEnabledFor(logging.INFO):
+        if REQUEST_ID_KEY in self._metadata or log.isEnabledFor(logging.INFO):
             context.set_trailing_metadata(self._trailers)
         calls.began()
 
     @property
     def request_id(self) -> str:
         """Made when it is first asked for, which most calls that succeed are not."""
-        self._request_id = self._request_id or _request_id(self._given_id)
+        self._request_id = self._request_id or _request_id(self._metadata.get(REQUEST_ID_KEY))
         return self._request_id
+
+    @property
+    def authorization(self) -> str | bytes | None:
+        """What the caller shows to be let in."""
+        return self._metadata.get(AUTHORIZATION_KEY)
+
+    @property
+    def trace_parent(self) -> str:
+        """W3C trace context of the caller; empty if there is none."""
+        return str(self._metadata.get(TRACE_KEY, ""))
 
     @property
     def _trailers(self) -> Pairs:
