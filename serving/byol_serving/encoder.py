@@ -27,7 +27,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from byol_serving.batch_curve import BatchCurve, measure_curve, sizes_up_to
+from byol_serving.batch_curve import BatchCurve, measure_curve, sizes_up_to, takes_at_most
 from byol_serving.bundle import (
     EMBEDDING,
     GOLDEN_TOLERANCE,
@@ -194,16 +194,15 @@ class Encoder:
     def warm_up(self, max_batch: int) -> BatchCurve:
         """Runs every layout once, so that no caller pays for it, and measures batches on the way.
 
-        Takes about a second on a CPU. The curve is that of one worker among idle ones.
+        Takes a second or two on a CPU. The curve is that of one worker among idle ones.
         """
         blank = np.zeros((max_batch, self.image_size, self.image_size, 3), np.uint8)
         if self._padded is None:
             run = self._session.run
             curve = measure_curve(lambda n: run(["embedding"], {"images": blank[:n]}), max_batch)
             if self._alone is not self._session:
-                wide = self._alone.run
-                alone = measure_curve(lambda n: wide(["embedding"], {"images": blank[:n]}), 1)
-                if alone.seconds[1] > _WORTH_A_COPY * curve.seconds[1]:
+                wide = partial(self._alone.run, ["embedding"], {"images": blank[:1]})
+                if not takes_at_most(_WORTH_A_COPY * curve.seconds[1], wide):
                     self._alone = self._session
             return curve
         runners = [self._padded.get() for _ in range(self.workers)]

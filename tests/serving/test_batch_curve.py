@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from byol_serving.batch_curve import BatchCurve, measure_curve, sizes_up_to
+from byol_serving.batch_curve import BatchCurve, measure_curve, sizes_up_to, takes_at_most
 from byol_serving.encoder import Encoder
 from byol_serving.padded_batches import PaddedBatches
 from serving.support import DIM, SIZE, make_bundle, random_pixels, reference
@@ -46,6 +46,22 @@ def test_a_slow_encoder_is_not_measured_to_the_end() -> None:
     curve = measure_curve(run, 1024)
     assert list(curve.seconds) == [1, 2]
     assert max(sizes) == 2
+
+
+def test_a_busy_moment_does_not_count() -> None:
+    free = time.perf_counter() + 0.3
+
+    def run() -> None:
+        time.sleep(0.001 if time.perf_counter() > free else 0.03)
+
+    assert takes_at_most(0.01, run)
+
+
+@pytest.mark.parametrize(("limit", "longest"), [(0.01, 2.0), (0.001, 0.5)])
+def test_what_is_too_slow_stays_so(limit: float, longest: float) -> None:
+    began = time.perf_counter()
+    assert not takes_at_most(limit, lambda: time.sleep(2 * limit))
+    assert time.perf_counter() - began < longest
 
 
 def test_warming_up_measures_the_real_encoder(tmp_path: Path) -> None:
