@@ -34,7 +34,7 @@ class EmbedderService(byol_pb2_grpc.EmbedderServicer):
         self._window = stream_window
 
     def Embed(self, request: pb.EmbedRequest, context: Context) -> Awaitable[pb.EmbedResponse]:
-        """One batch."""
+        """One batch; `_embed`'s coroutine as it is, since one around it would cost every call."""
         return self._embed(request, deadline_of(context), wait=False)
 
     async def EmbedStream(
