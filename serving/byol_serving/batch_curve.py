@@ -13,7 +13,6 @@ _BEST = 0.99
 _BUDGET_S = 1.0
 _RUNS = 3
 _BRIEF_S = 0.002
-"""Of which no part is worth waiting for at the start of a server."""
 _PATIENCE_S = 1.0
 _PAUSE_S = 0.05
 
@@ -73,7 +72,8 @@ def takes_at_most(seconds: float, run: Callable[[], object]) -> bool:
     """Whether `run` ever is so fast.
 
     Where it is not, it is tried again for a second: who keeps the machine busy for a moment is not
-    to decide how a server works for as long as it runs. Of two milliseconds less is made.
+    to decide how a server works for as long as it runs. Limits of up to two milliseconds are tried
+    once: there is little to lose, and small encoders would start a second later for it.
     """
     run()
     ends = time.perf_counter() + (_PATIENCE_S if seconds > _BRIEF_S else 0.0)
