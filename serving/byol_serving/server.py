@@ -26,6 +26,7 @@ from byol_serving.config import ServeConfig, available_cpus
 from byol_serving.errors import ByolError
 from byol_serving.pb.byol.v1 import admin_pb2_grpc, byol_pb2_grpc
 from byol_serving.rpc.admin import AdminService
+from byol_serving.rpc.async_server import AsyncServer
 from byol_serving.rpc.auth import Gate
 from byol_serving.rpc.calls import Calls
 from byol_serving.rpc.collections import CollectionsService
@@ -33,7 +34,6 @@ from byol_serving.rpc.everywhere import ModelsEverywhere
 from byol_serving.rpc.forwarding import CHANNEL_OPTIONS
 from byol_serving.rpc.keeper import ModelKeeper
 from byol_serving.rpc.pools import BlockingCalls
-from byol_serving.rpc.wrapped_server import WrappedServer
 from byol_serving.server_parts import SERVICES, Parts, add_embedding, new_server, open_parts, start
 from byol_serving.server_processes import Fronts, owner_socket, rates_folder
 from byol_serving.tokens import Tokens
@@ -222,7 +222,7 @@ async def _start(
         keeper = everywhere = ModelsEverywhere(parts.keeper, models, parts.own, fronts.live)
         shared = rates_folder(fronts.folder)
         # The fronts have let these calls in, and count them.
-        private = WrappedServer(Calls(watching.forwarded), CHANNEL_OPTIONS)
+        private = AsyncServer(Calls(watching.forwarded), CHANNEL_OPTIONS)
         byol_pb2_grpc.add_CollectionsServicer_to_server(collections, private)
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(models, keeper), private)
         private.add_insecure_port(owner_socket(fronts.folder))

@@ -23,11 +23,11 @@ from byol_serving.config import ServeConfig
 from byol_serving.errors import ByolError
 from byol_serving.pb.byol.v1 import admin_pb2, admin_pb2_grpc, byol_pb2
 from byol_serving.rpc.admin import AdminService
+from byol_serving.rpc.async_server import AsyncServer
 from byol_serving.rpc.auth import Gate
 from byol_serving.rpc.calls import Calls
 from byol_serving.rpc.forwarding import CHANNEL_OPTIONS, Forwarder
 from byol_serving.rpc.fronting import ImagesToVectors
-from byol_serving.rpc.wrapped_server import WrappedServer
 from byol_serving.server import Running, tune_process
 from byol_serving.server_parts import Parts, add_embedding, new_server, open_parts, start
 from byol_serving.server_processes import METRICS, front_socket, owner_socket, rates_folder
@@ -110,7 +110,7 @@ async def _private_server(parts: Parts, address: str) -> grpc.aio.Server:
     async def metrics(request: bytes, context: Any) -> bytes:
         return await asyncio.to_thread(parts.watching.render)
 
-    server = WrappedServer(Calls(), CHANNEL_OPTIONS)
+    server = AsyncServer(Calls(), CHANNEL_OPTIONS)
     admin_pb2_grpc.add_AdminServicer_to_server(AdminService(parts.models, parts.keeper), server)
     _, service, method = METRICS.split("/")
     handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(metrics)

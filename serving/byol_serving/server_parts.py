@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -11,14 +11,15 @@ from typing import Any, cast
 import grpc
 from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from byol_serving.bundle import Bundle
 from byol_serving.config import ServeConfig
 from byol_serving.encoder import Device, Encoder
-from byol_serving.held_port import CAN_BE_SHARED, cannot_listen, held_port
+from byol_serving.held_port import cannot_listen
 from byol_serving.pb.byol.v1 import admin_pb2, byol_pb2, byol_pb2_grpc
 from byol_serving.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
+from byol_serving.rpc.async_server import AsyncServer
 from byol_serving.rpc.calls import Calls
 from byol_serving.rpc.embedder import EmbedderService
 from byol_serving.rpc.features import Features
@@ -26,7 +27,6 @@ from byol_serving.rpc.inference import InferenceService
 from byol_serving.rpc.keeper import ModelKeeper
 from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Pipeline
-from byol_serving.rpc.wrapped_server import WrappedServer
 from byol_serving.server_tls import Certificates
 from byol_serving.shelf import Shelf
 from byol_serving.watching import Watching
@@ -41,10 +41,6 @@ SERVICES: Sequence[str] = tuple(
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-_LISTENERS = 64 if CAN_BE_SHARED else 1
-"""Servers of grpc.aio on the port: so many that few of the clients of a moment meet in one, and
-wait for each other there. 16 answer as many thumbnails, but less evenly; 256 are no better."""
 
 _MOST_IN_A_BATCH = 64
 """Where the configuration leaves it to measurement: larger ones make others wait too long."""
@@ -86,16 +82,15 @@ async def open_parts(config: ServeConfig, stack: AsyncExitStack) -> Parts:
     )
 
 
-def new_server(config: ServeConfig, calls: Calls) -> WrappedServer:
+def new_server(config: ServeConfig, calls: Calls) -> AsyncServer:
     """A server without services that listens nowhere yet."""
-    return WrappedServer(
+    return AsyncServer(
         calls,
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),
-            ("grpc.so_reuseport", int(_LISTENERS > 1)),
+            ("grpc.so_reuseport", int(config.processes > 1)),
         ],
-        listeners=_LISTENERS,
     )
 
 
@@ -110,10 +105,12 @@ def add_embedding(server: grpc.aio.Server, parts: Parts) -> None:
     )
     health_pb2_grpc.add_HealthServicer_to_server(parts.health, server)
     names = (*SERVICES, grpc_health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+        reflection.aio.ReflectionServicer(names), server
+    )
 
 
-async def start(server: WrappedServer, parts: Parts) -> str:
+async def start(server: AsyncServer, parts: Parts) -> str:
     """Listens, and says SERVING.
 
     Returns:
@@ -123,23 +120,19 @@ async def start(server: WrappedServer, parts: Parts) -> str:
         InvalidConfig: the address cannot be listened on.
     """
     config = parts.config
-    with ExitStack() as held:
-        port = config.port
-        if _LISTENERS > 1 and config.processes == 1:  # otherwise the owner of them all holds it
-            port = held.enter_context(held_port(config.host, port))
-        port = _listen(server, config, f"{config.host}:{port}")
-        await server.start()
+    port = _listen(server, config, f"{config.host}:{config.port}")
+    await server.start()
     for name in ("", *SERVICES):
         await parts.health.set(name, _SERVING)
     return f"{config.host}:{port}"
 
 
-def _listen(server: WrappedServer, config: ServeConfig, address: str) -> int:
+def _listen(server: AsyncServer, config: ServeConfig, address: str) -> int:
     try:
         if config.tls is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_ports(address, Certificates(config.tls).credentials)
+            port = server.add_secure_port(address, Certificates(config.tls).credentials())
     except RuntimeError as error:
         raise cannot_listen(address) from error
     if port == 0:

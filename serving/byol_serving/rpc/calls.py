@@ -5,9 +5,8 @@ import logging
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from contextvars import ContextVar
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -26,17 +25,13 @@ _OURS = ("/byol.", "/inference.")
 
 log = logging.getLogger("byol.rpc")
 
-METADATA: ContextVar[Iterable[tuple[str, str | bytes]]] = ContextVar("METADATA", default=())
-"""What the caller sent beside the request, in the task that gRPC makes for a call. It reads them to
-find the handler; to have them read once more takes as long as to parse a small request."""
-
 _GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class Calls:
-    """Wraps every method of our services (see `WrappedServer`), so that none can be forgotten.
+    """Wraps every method of our services (see `AsyncServer`), so that none can be forgotten.
 
     Errors of the project's tree become their status; anything else becomes INTERNAL with a request
     id, and only the log has the traceback.
@@ -57,7 +52,6 @@ class Calls:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._wrapped: dict[str, _Handler] = {}
 
     @property
     def draining(self) -> bool:
@@ -69,16 +63,11 @@ class Calls:
         self._draining = True
         await self._idle.wait()
 
-    def known(self, method: str) -> "_Handler | None":
-        """The wrapped handler of a method that was called before."""
-        return self._wrapped.get(method)
-
     def wrapped(self, method: str, handler: _Handler) -> _Handler:
-        """The handler of a method, wrapped once."""
+        """The handler of a method, as it is to be called."""
         if not method.startswith(_OURS):  # health and reflection: as they are
             return handler
-        self._wrapped[method] = self._wrap(method, handler)
-        return self._wrapped[method]
+        return self._wrap(method, handler)
 
     def _wrap(self, method: str, handler: _Handler) -> _Handler:
         # Requests are parsed in here: bytes that gRPC itself cannot parse become UNKNOWN.
@@ -190,7 +179,7 @@ class Call:
         self.method = method
         """As gRPC has it: /byol.v1.Embedder/Embed."""
         self.began = self.ended = time.perf_counter()
-        self._metadata = dict(METADATA.get())
+        self._metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
         self._request_id = ""
         self.token: Token | None = None
         """The caller's."""
