@@ -1,4 +1,4 @@
-"""One port for several listeners of ours, and for nobody else's.
+"""One port for several processes of a server, and for nobody else's.
 
 They share the port by SO_REUSEPORT, over which Linux spreads the connections. By itself that would
 let a second server start happily on the port, and take a part of the calls.

@@ -57,19 +57,6 @@ def configure(form: str, level: str, *, calls: bool, process: int | None = None)
     logging.getLogger("byol.rpc").setLevel(logging.NOTSET if calls else logging.WARNING)
     # It tells, build by build, which of its variants this processor cannot run.
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_without_alarm)
-
-
-def _without_alarm(record: logging.LogRecord) -> bool:
-    """Makes a line of what grpc.aio takes for an error: a client left while it was being answered.
-
-    It is silent where it knows that the client has left, and logs a traceback where the answer
-    fails in the moment before it is told.
-    """
-    if str(record.msg).startswith("ExecuteBatchError raised in core"):
-        record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
-        record.msg = "a client left while it was being answered: %s"
-    return True
 
 
 def say_settings(settings: Mapping[str, tuple[object, str]]) -> None:

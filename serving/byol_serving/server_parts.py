@@ -27,7 +27,7 @@ from byol_serving.rpc.inference import InferenceService
 from byol_serving.rpc.keeper import ModelKeeper
 from byol_serving.rpc.models import Model, Models
 from byol_serving.rpc.pipeline import Pipeline
-from byol_serving.server_tls import Certificates
+from byol_serving.server_tls import server_credentials
 from byol_serving.shelf import Shelf
 from byol_serving.watching import Watching
 
@@ -132,7 +132,7 @@ def _listen(server: AsyncServer, config: ServeConfig, address: str) -> int:
         if config.tls is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, Certificates(config.tls).credentials())
+            port = server.add_secure_port(address, server_credentials(config.tls))
     except RuntimeError as error:
         raise cannot_listen(address) from error
     if port == 0:

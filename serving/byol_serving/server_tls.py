@@ -12,53 +12,40 @@ from byol_serving.errors import InvalidConfig
 log = logging.getLogger("byol.tls")
 
 
-class Certificates:
-    """The files of a server's certificate."""
+def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    """Credentials that look at the files with each new connection, so that a renewal needs nothing.
 
-    def __init__(self, tls: TlsConfig) -> None:
-        """Looks at the files.
+    Files that do not fit together (a renewal half done, say) are logged, and the former ones stay.
 
-        Raises:
-            InvalidConfig: certificate and key do not fit, or are not PEM.
-        """
-        if reason := _fault(tls):
-            raise InvalidConfig(
-                f"TLS files {tls.cert} and {tls.key} cannot be used ({reason}); give a certificate"
-                " chain and its own key, both PEM"
-            )
-        self._tls = tls
-        self._seen = _stamp(tls)
-        """Of the files whose renewal was logged; each of several listeners finds it out."""
-
-    def credentials(self) -> grpc.ServerCredentials:
-        """New ones that look at the files with each new connection: a renewal needs nothing else.
-
-        Files that do not fit together (a renewal half done, say) are logged, and the former ones
-        stay. Each server of gRPC needs credentials of its own.
-        """
-        stamp = _stamp(self._tls)
-
-        def fetch() -> grpc.ServerCertificateConfiguration | None:
-            """Called by gRPC for each handshake; None: as before."""
-            nonlocal stamp
-            if (now := _stamp(self._tls)) == stamp:
-                return None
-            stamp = now
-            first, self._seen = now != self._seen, now
-            if fault := _fault(self._tls):
-                if first:
-                    log.error("the certificate is left as it was: %s", fault)
-                return None
-            if first:
-                log.info("took up the certificate in %s", self._tls.cert)
-            return _configuration(self._tls)
-
-        credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
-            _configuration(self._tls),
-            fetch,  # type: ignore[arg-type]  # the stubs leave out that None is allowed
-            require_client_authentication=self._tls.client_ca is not None,
+    Raises:
+        InvalidConfig: certificate and key do not fit, or are not PEM.
+    """
+    reason = _fault(tls)
+    if reason:
+        raise InvalidConfig(
+            f"TLS files {tls.cert} and {tls.key} cannot be used ({reason}); give a certificate"
+            " chain and its own key, both PEM"
         )
-        return credentials
+    stamp = _stamp(tls)
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC for each handshake; None: as before."""
+        nonlocal stamp
+        if (now := _stamp(tls)) == stamp:
+            return None
+        stamp = now
+        if fault := _fault(tls):
+            log.error("the certificate is left as it was: %s", fault)
+            return None
+        log.info("took up the certificate in %s", tls.cert)
+        return _configuration(tls)
+
+    credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
+        _configuration(tls),
+        fetch,  # type: ignore[arg-type]  # the stubs leave out that None is allowed
+        require_client_authentication=tls.client_ca is not None,
+    )
+    return credentials
 
 
 def _configuration(tls: TlsConfig) -> grpc.ServerCertificateConfiguration:

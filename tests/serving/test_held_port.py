@@ -1,21 +1,15 @@
-"""A port is shared among a server's listeners, and with nobody else."""
+"""A port is shared among the processes of a server, and with nobody else."""
 
-import asyncio
 import socket
-from contextlib import AsyncExitStack
 from typing import Any
 
-import grpc
 import pytest
 
 from byol_serving.errors import InvalidConfig
 from byol_serving.held_port import CAN_BE_SHARED, held_port
-from byol_serving.rpc.calls import Calls
-from byol_serving.rpc.wrapped_server import WrappedServer
 
 pytestmark = pytest.mark.skipif(not CAN_BE_SHARED, reason="only Linux spreads connections")
 HOST = "127.0.0.1"
-METHOD = "/test/Who"
 
 
 def listener(port: int, *, share: bool = True) -> socket.socket:
@@ -76,39 +70,3 @@ def test_all_addresses_of_a_name_have_the_same_port(monkeypatch: pytest.MonkeyPa
         for address in (HOST, "127.0.0.2"):
             with socket.socket() as other, pytest.raises(OSError, match="in use"):
                 other.bind((address, port))
-
-
-def ask(channel: grpc.aio.Channel) -> Any:
-    """Asks with bytes, and is answered with them."""
-    return channel.unary_unary(METHOD)
-
-
-async def test_every_listener_answers_and_all_end() -> None:
-    async def who(request: bytes, context: Any) -> bytes:
-        return request
-
-    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(who)
-    calls = Calls()
-    server = WrappedServer(calls, [("grpc.so_reuseport", 1)], listeners=8)
-    server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler("test", {"Who": handler})]
-    )
-    with held_port(HOST, 0) as port:
-        assert server.add_insecure_port(f"{HOST}:{port}") == port
-        await server.start()
-    async with AsyncExitStack() as stack:
-        own = (("grpc.use_local_subchannel_pool", 1),)  # so that each has a connection
-        channels = [
-            await stack.enter_async_context(grpc.aio.insecure_channel(f"{HOST}:{port}", own))
-            for _ in range(64)
-        ]
-        asking = [ask(channel)(bytes([number])) for number, channel in enumerate(channels)]
-        assert await asyncio.gather(*asking) == [bytes([number]) for number in range(64)]
-        stopped = asyncio.ensure_future(server.wait_for_termination())
-        await server.stop(None)
-        await stopped
-        ended = ask(channels[0])(b"", timeout=5)
-        with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
-            await ended
-    with held_port(HOST, port):  # nobody listens any more
-        pass

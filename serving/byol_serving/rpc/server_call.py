@@ -125,15 +125,16 @@ class ServerCall:
 
     def _closed(self, event: Any) -> None:
         """Nothing more comes, and where the client left or was late nothing can be sent either."""
-        if event.batch_operations[0].cancelled() and self._task is not None:
-            self._task.cancel()  # does nothing if it is done
         if self._task is None or self._task.done():
-            self._core = None
-        else:
-            self._task.add_done_callback(self._let_go)
+            self._let_go()
+            return
+        self._task.add_done_callback(self._let_go)
+        if event.batch_operations[0].cancelled():
+            self._task.cancel()
 
-    def _let_go(self, task: asyncio.Task[None]) -> None:
-        self._core = None
+    def _let_go(self, task: object = None) -> None:
+        """Refers to nothing any more that refers to this: garbage is collected rarely here."""
+        self._core = self._task = None
 
     def _requested(self, event: Any) -> None:
         """The only request has come, or none will."""
