@@ -11,11 +11,12 @@ from byol_serving import logs
 
 @pytest.fixture
 def configured() -> Iterator[None]:
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
+    root, calls = logging.getLogger(), logging.getLogger("byol.rpc")
+    before, levels = list(root.handlers), (root.level, calls.level)
     yield
     root.handlers[:] = before
-    root.setLevel(level)
+    root.setLevel(levels[0])
+    calls.setLevel(levels[1])
 
 
 @pytest.mark.usefixtures("configured")
