@@ -3,9 +3,9 @@
 Three loads: VGA photographs with ResNet-18 at 224; the same with a tiny encoder; JPEGs of 32 pixels
 with a tiny encoder, where the server and not the model is measured. `raw` decodes and runs ONNX
 Runtime in one process with as many threads and batches as our server, and no server; `bare gRPC`
-receives the same requests and does nothing. Together they give the ceiling of a server whose
-clients share its cores, as here, and `p99_vs_p50_LOAD_bare` is how evenly gRPC alone answers.
-`raw_in_flight` is how evenly the machine itself does: plain threads with eight images in flight,
+is gRPC's core, which receives the same requests and does nothing. Together they give the ceiling of
+a server whose clients share its cores, as here, and `p99_vs_p50_LOAD_bare` is how evenly gRPC alone
+answers. `raw_in_flight` is how evenly the machine itself does: plain threads with eight images in flight,
 and neither server nor clients. Clients have a connection each; of thumbnails, the most also share
 one. With the tiny encoders several processes of ours are held against one, and clients also send
 lists, as those do who have many images.
