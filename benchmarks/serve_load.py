@@ -5,10 +5,10 @@ with a tiny encoder, where the server and not the model is measured. `raw` decod
 Runtime in one process with as many threads and batches as our server, and no server; `bare gRPC`
 is gRPC's core, which receives the same requests and does nothing. Together they give the ceiling of
 a server whose clients share its cores, as here, and `p99_vs_p50_LOAD_bare` is how evenly gRPC alone
-answers. `raw_in_flight` is how evenly the machine itself does: plain threads with eight images in flight,
-and neither server nor clients. Clients have a connection each; of thumbnails, the most also share
-one. With the tiny encoders several processes of ours are held against one, and clients also send
-lists, as those do who have many images.
+answers. `raw_in_flight` is how evenly the machine itself does: plain threads with eight images in
+flight, and neither server nor clients. Clients have a connection each; of thumbnails, the most also
+share one. With the tiny encoders several processes of ours are held against one, and clients also
+send lists, as those do who have many images.
 All servers are alive together and are measured in rotating windows, while the others are stopped;
 peers decode with our decoder.
 """
