@@ -252,11 +252,16 @@ def ours(load: Load, scratch: Path, processes: int = 1) -> Server:
     return our_server(load.bundle, bodies, processes, lists)
 
 
-def bare(load: Load, scratch: Path, images: int = 1, *, kind: str = "core") -> Server:
-    """GRPC that receives requests of so many images and does nothing with them; see its `kind`s."""
+def bare(
+    load: Load, scratch: Path, images: int = 1, *, kind: str = "core", python: Path | None = None
+) -> Server:
+    """GRPC that receives requests of so many images and does nothing with them.
+
+    `kind` is as in bare_server.py; `python`, if not this one, has another grpcio.
+    """
     port = free_port()
     size = str(_ANSWER_BYTES * images)
-    command = [sys.executable, str(HERE / "bare_server.py"), str(port), size, kind]
+    command = [str(python or sys.executable), str(HERE / "bare_server.py"), str(port), size, kind]
     facts = _OURS | {"address": f"127.0.0.1:{port}"}
     bodies = embed_bodies(load, scratch / f"{load.name}-{kind}-{images}", images)
     return Server(kind, command, facts, bodies)

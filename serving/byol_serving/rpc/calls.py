@@ -247,7 +247,10 @@ class Call:
                 await self._context.abort(grpc.StatusCode.INTERNAL, text, self._trailers)
             case _:  # cancelled by the client, by its deadline, or by the end of the drain
                 self.end("CANCELLED", "Cancelled")
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback would lead back to it, and keep the request
 
     def end(self, code: str, error: str = "", reason: str = "") -> None:
         """Counts the call out and writes its line."""

@@ -153,6 +153,9 @@ class ServerCall:
         try:
             response = await handler.unary_unary(self._parsed(data), self)
             sending = cygrpc.SendMessageOperation(self._serialized(response), _NO_FLAGS)
+        except asyncio.CancelledError:
+            self._cancelled()
+            raise
         except Exception as error:
             self._failed(error)
         else:
@@ -171,6 +174,9 @@ class ServerCall:
                         await self.write(each)
             else:
                 await answers  # it writes them itself
+        except asyncio.CancelledError:
+            self._cancelled()
+            raise
         except Exception as error:
             self._failed(error)
         else:
@@ -190,6 +196,10 @@ class ServerCall:
             return  # which has sent the status
         log.error("unexpected error in %s", self._method, exc_info=error)
         self._end(grpc.StatusCode.UNKNOWN, "unexpected error; the server's log has it")
+
+    def _cancelled(self) -> None:
+        """By the client, who is told nothing any more, or by what the handler waited for."""
+        self._end(grpc.StatusCode.CANCELLED, "the call was cancelled")
 
     def _end(self, code: grpc.StatusCode, details: str, *last: Any) -> None:
         """Sends the last answer, if there is one, and the status, once."""

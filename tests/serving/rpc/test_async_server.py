@@ -53,6 +53,9 @@ class Service:
         sent = dict(context.invocation_metadata())
         return f"{sent.get('x-name')} {context.time_remaining()}".encode()
 
+    async def give_up(self, request: bytes, context: Any) -> bytes:
+        raise asyncio.CancelledError  # as who waits for a task of another's, and that is cancelled
+
     async def large(self, request: bytes, context: Any) -> bytes:
         return bytes(LIMIT + 1)
 
@@ -106,7 +109,7 @@ async def listening() -> AsyncIterator[tuple[Service, AsyncServer, str]]:
             await server.stop(None)
 
 
-UNARY = ("echo", "wait", "fail", "refuse", "tell", "large")
+UNARY = ("echo", "wait", "fail", "refuse", "tell", "large", "give_up")
 
 
 @pytest.fixture
@@ -203,6 +206,8 @@ async def test_errors_reach_the_client(running: Running, caplog: pytest.LogCaptu
     assert error.code() is grpc.StatusCode.UNKNOWN
     assert "secret" not in str(error.details())
     assert "LookupError: a secret" in caplog.text
+    error = await refused(ask(channel, "give_up", timeout=5))
+    assert error.code() is grpc.StatusCode.CANCELLED
     assert await ask(channel, "echo", b"still here") == b"still here"
 
 
