@@ -1,7 +1,7 @@
 """A gRPC server for asyncio on gRPC's own core, all of whose methods go through `Calls`.
 
-It takes the place of grpc.aio's, which answers two thirds as many thumbnails, and 0.6 as many on a
-single connection (docs/performance.md; `completions` says why). Services are written as for that.
+It takes the place of grpc.aio's, which answers half to two thirds as many calls
+(benchmarks/rpc_server.py; `completions` says why). Services are written as for that.
 """
 
 import asyncio
