@@ -75,7 +75,7 @@ class ServerCall:
         if self._handler is None:
             self._end(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {self._method}")
         elif self._handler.request_streaming:
-            self._task = self._loop.create_task(self._many(_Requests(self)))
+            self._task = self._loop.create_task(self._run(_Requests(self)))
         else:
             self._start(self._requested, cygrpc.ReceiveMessageOperation(_NO_FLAGS))
 
@@ -144,45 +144,43 @@ class ServerCall:
         if data is None:
             self._end(grpc.StatusCode.INTERNAL, "the call ended without a request; send one")
             return
-        assert self._handler is not None
-        one = self._handler.unary_unary is not None
-        self._task = self._loop.create_task(self._one(data) if one else self._many(data))
+        self._task = self._loop.create_task(self._run(data))
 
-    async def _one(self, data: bytes) -> None:
+    async def _run(self, given: "bytes | _Requests") -> None:
+        """The handler, and the end of the call."""
         handler: Any = self._handler
+        last: tuple[Any, ...] = ()
         try:
-            response = await handler.unary_unary(self._parsed(data), self)
-            sending = cygrpc.SendMessageOperation(self._serialized(response), _NO_FLAGS)
-        except asyncio.CancelledError:
-            self._cancelled()
-            raise
-        except Exception as error:
-            self._failed(error)
-        else:
-            self._end(grpc.StatusCode.OK, "", sending)
-
-    async def _many(self, requests: "bytes | _Requests") -> None:
-        handler: Any = self._handler
-        try:
-            if isinstance(requests, bytes):
-                answers = handler.unary_stream(self._parsed(requests), self)
+            if handler.unary_unary is None:
+                await self._answer_many(handler, given)
             else:
-                answers = handler.stream_stream(requests, self)
-            if inspect.isasyncgen(answers):
-                async with aclosing(answers):
-                    async for each in answers:
-                        await self.write(each)
-            else:
-                await answers  # it writes them itself
+                response = await handler.unary_unary(self._parsed(given), self)
+                last = (cygrpc.SendMessageOperation(self._serialized(response), _NO_FLAGS),)
         except asyncio.CancelledError:
-            self._cancelled()
+            # By the client, who is told nothing any more, or by what the handler waited for.
+            self._end(grpc.StatusCode.CANCELLED, "the call was cancelled")
             raise
+        except grpc.aio.AbortError:
+            pass  # the status has been sent
         except Exception as error:
-            self._failed(error)
+            log.error("unexpected error in %s", self._method, exc_info=error)
+            self._end(grpc.StatusCode.UNKNOWN, "unexpected error; the server's log has it")
         else:
-            self._end(grpc.StatusCode.OK, "")
+            self._end(grpc.StatusCode.OK, "", *last)
 
-    def _parsed(self, data: bytes) -> Any:
+    async def _answer_many(self, handler: Any, given: "bytes | _Requests") -> None:
+        if handler.request_streaming:
+            answers = handler.stream_stream(given, self)
+        else:
+            answers = handler.unary_stream(self._parsed(given), self)
+        if inspect.isasyncgen(answers):
+            async with aclosing(answers):
+                async for each in answers:
+                    await self.write(each)
+        else:
+            await answers  # it writes them itself
+
+    def _parsed(self, data: Any) -> Any:
         parse: Any = self._handler and self._handler.request_deserializer
         return data if parse is None else parse(data)
 
@@ -190,16 +188,6 @@ class ServerCall:
         serialize: Any = self._handler and self._handler.response_serializer
         data: bytes = message if serialize is None else serialize(message)
         return data
-
-    def _failed(self, error: Exception) -> None:
-        if isinstance(error, grpc.aio.AbortError):
-            return  # which has sent the status
-        log.error("unexpected error in %s", self._method, exc_info=error)
-        self._end(grpc.StatusCode.UNKNOWN, "unexpected error; the server's log has it")
-
-    def _cancelled(self) -> None:
-        """By the client, who is told nothing any more, or by what the handler waited for."""
-        self._end(grpc.StatusCode.CANCELLED, "the call was cancelled")
 
     def _end(self, code: grpc.StatusCode, details: str, *last: Any) -> None:
         """Sends the last answer, if there is one, and the status, once."""
