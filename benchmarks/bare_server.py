@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 import uvloop
-from grpc._cython import cygrpc  # type: ignore[attr-defined]
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in the stubs
 
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 1))
 _ASKED = 64

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import grpc
-from grpc._cython import cygrpc  # type: ignore[attr-defined]
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in the stubs
 
 from byol_serving.rpc.calls import Calls
 from byol_serving.rpc.completions import Completions

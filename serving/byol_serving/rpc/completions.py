@@ -17,7 +17,7 @@ import os
 import threading
 from typing import Any
 
-from grpc._cython import cygrpc  # type: ignore[attr-defined]
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in the stubs
 
 log = logging.getLogger("byol.rpc")
 
