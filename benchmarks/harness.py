@@ -124,6 +124,12 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} x {name}, {python}"
 
 
+def congestion_control() -> str:
+    """Of the system's TCP: with BBR, photographs over loopback are 5% fewer than with CUBIC."""
+    setting = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    return setting.read_text().strip() if setting.exists() else "unknown"
+
+
 def python_call_ns() -> float:
     """Of a function that adds 1, with its loop."""
     count = 100_000

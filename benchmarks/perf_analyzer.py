@@ -25,7 +25,7 @@ from pathlib import Path
 from load_material import Load, small_images, tiny_encoder, write_images
 from load_servers import Server, ours, peer
 
-from harness import PEER_PYTHON, Rate, options, report
+from harness import PEER_PYTHON, Rate, congestion_control, options, report
 
 CLIENTS = (8, 32, 128)
 AGREEMENT = 50
@@ -71,7 +71,7 @@ def main() -> None:
         },
         ratios,
         packages=["onnxruntime", "grpcio", "tritonclient"],
-        facts={"rounds": rounds, "seconds": seconds},
+        facts={"rounds": rounds, "seconds": seconds, "TCP": congestion_control()},
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from load_material import Load, small_images, tiny_encoder, write_images
 from load_servers import bare
 
-from harness import Rate, options, report
+from harness import Rate, congestion_control, options, report
 
 KINDS = ("core", "ours", "aio", "aio-64")
 CLIENTS = (1, 8, 32, 128)
@@ -55,7 +55,7 @@ def main() -> None:
         {name: Rate("calls/s", tuple(values)) for name, values in rates.items()},
         ratios,
         packages=["grpcio", "uvloop"],
-        facts={"rounds": rounds, "seconds": seconds},
+        facts={"rounds": rounds, "seconds": seconds, "TCP": congestion_control()},
     )
 
 

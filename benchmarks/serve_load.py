@@ -44,7 +44,7 @@ from byol_serving.bundle import Bundle, cosine_distance
 from byol_serving.config import available_cpus
 from byol_serving.encoder import Encoder
 from byol_serving.images import Pixels
-from harness import Options, Rate, interleaved, options, report
+from harness import Options, Rate, congestion_control, interleaved, options, report
 
 CLIENTS = (1, 8, 32, 128)
 PEERS = ("litserve", "pytriton")
@@ -132,7 +132,12 @@ def main() -> None:
         results,
         ratios,
         packages=["onnxruntime", "grpcio", "simplejpeg"],
-        facts={"photographs": len(photos), "rounds": rounds, "seconds": seconds},
+        facts={
+            "photographs": len(photos),
+            "rounds": rounds,
+            "seconds": seconds,
+            "TCP": congestion_control(),
+        },
     )
 
 

@@ -1,7 +1,9 @@
-"""Batches on the event loop itself, for items that cost less than waking a thread for them does.
+"""Batches on the event loop itself, for what another thread would not do sooner.
 
 Threads that share Python's lock lose some 50 µs each time that they hand it to each other, which is
-more than a thumbnail takes through a small encoder. On the loop nothing is handed over; but a batch
+more than a thumbnail takes through a small encoder. And in a process that has one core, a thread
+that decodes photographs and a loop that receives the next drive each other from the processor's
+caches. On the loop nothing is handed over; but a batch
 that left at once would be of one request nearly always, since the loop takes them in one by one. So
 a batch is held back while requests follow each other within `_LINGER_S`, or four times that while
 there are fewer than in the last batch; the loop goes on with its other work meanwhile. Once as many
@@ -14,6 +16,7 @@ request drives it out (5 to 12% more thumbnails a second).
 """
 
 import asyncio
+import math
 import os
 import time
 from collections import deque
@@ -50,8 +53,9 @@ _ALONE = 16
 """Batches of one in a row after which requests are not held back any more: there is one client."""
 _TRY = 4
 """But every so many it is tried again."""
-_TURN_S = 0.002
-"""That a batch may keep the loop from its other work."""
+_TURN_EACH_S = 0.0025
+"""Of a batch, for which the loop's other work has a turn: a call that is no embedding needs several
+turns, and is not to wait for a batch in each."""
 
 
 @dataclass(eq=False, slots=True)
@@ -75,23 +79,25 @@ class Gatherer(Generic[Item, Results]):
         *,
         then: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
         max_batch: int,
+        turn_s: float,
         name: str,
         watch: Callable[[str, BatchRun], None] | None = None,
     ) -> None:
         """Starts nothing.
 
         Args:
-            run: answers a batch with as many results, in order, in much less than a millisecond. If
-                it raises, every request in the batch gets the exception.
+            run: answers a batch with as many results, in order. If it raises, every request in the
+                batch gets the exception.
             then: further steps by name; each is given what the one before returned. What the last
                 one returns are the results. Exceptions among the items are what became of them
                 before: they are passed on, and do not count.
             max_batch: items at which a batch is full; a single request may have more.
+            turn_s: that a batch should keep the loop from its other work at most.
             name: of `run` as a step in a call's times.
             watch: told of each step of each batch when the batch is done.
         """
         self._steps = {name: run, **then}
-        self._max_batch, self._watch = max_batch, watch
+        self._max_batch, self._turn_s, self._watch = max_batch, turn_s, watch
         self._queue: deque[_Job[Item, Results]] = deque()
         self.queued = 0
         """Items that wait."""
@@ -108,6 +114,8 @@ class Gatherer(Generic[Item, Results]):
         self._crowd = float(max_batch)
         """Clients that are thought to ask at a time."""
         self._batches = 0
+        self._owed = 0
+        """Turns of the loop that its other work has before the next batch."""
         self._lone = 0
         """Batches of a single request in a row."""
         self.seconds_per_item = 0.0
@@ -138,6 +146,7 @@ class Gatherer(Generic[Item, Results]):
         self.queued += len(items)
         if not self._turn_is_due:
             self._turn_is_due = True
+            self._owed = 0
             loop.call_soon(self._turn, loop)
         return job.future
 
@@ -152,6 +161,10 @@ class Gatherer(Generic[Item, Results]):
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Runs one batch, or looks again in the loop's next turn."""
+        if self._owed:
+            self._owed -= 1
+            loop.call_soon(self._turn, loop)
+            return
         if self._more_may_come():
             os.sched_yield()  # gRPC's threads, or the clients, may want this core to send more
             loop.call_soon(self._turn, loop)
@@ -182,12 +195,18 @@ class Gatherer(Generic[Item, Results]):
         return self._waited < patience
 
     def _take(self) -> list[_Job[Item, Results]]:
-        """The oldest requests, without those that nobody waits for any more."""
+        """The oldest requests, without those that nobody waits for any more.
+
+        The batch ends before the earliest deadline in it, as far as the present pace tells. (A
+        request that will be late even alone does not shrink it.)
+        """
         batch: list[_Job[Item, Results]] = []
         taken, size, now = 0, self._size, time.monotonic()
+        until = math.inf
         while self._queue and taken < size:
             job = self._queue.popleft()
-            self.queued -= len(job.items)
+            count = len(job.items)
+            self.queued -= count
             if job.future.done():  # cancelled
                 continue
             if job.deadline is not None and job.deadline <= now:
@@ -195,8 +214,14 @@ class Gatherer(Generic[Item, Results]):
                     DeadlinePassed("the deadline passed in the queue; allow more time")
                 )
                 continue
+            if job.deadline is not None and job.deadline > now + count * self.seconds_per_item:
+                until = min(until, job.deadline)
+            if batch and now + (taken + count) * self.seconds_per_item > until:
+                self._queue.appendleft(job)
+                self.queued += count
+                break
             batch.append(job)
-            taken += len(job.items)
+            taken += count
         return batch
 
     def _answer(self, batch: list[_Job[Item, Results]]) -> None:
@@ -211,9 +236,10 @@ class Gatherer(Generic[Item, Results]):
                 job.future.set_exception(error)
             return
         took = times[-1] - times[0]
-        if took > _TURN_S:
+        self._owed = int(took / _TURN_EACH_S)
+        if took > self._turn_s:
             self._size = max(1, self._size // 2)
-        elif took < _TURN_S / 2:
+        elif took < self._turn_s / 2:
             self._size = min(self._max_batch, self._size * 2)
         self.seconds_per_item += (took / len(given[0]) - self.seconds_per_item) * 0.2
         results, at = given.pop(), 0

@@ -3,12 +3,13 @@
 Each step is a `Batcher`, so that at any time the decoders work on the images of one moment while
 the encoder works on those of the moment before. Where the encoder is so quick that handing pixels
 to another thread would cost more than the inference does, one batcher does both; and thumbnails,
-which cost even less, stay on the event loop.
+which cost even less, stay on the event loop. So do photographs in a process that has one core.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -41,14 +42,39 @@ _DECODE_TURN_S = 0.008
 _THUMBNAIL_S = 0.0003
 """CPU time of an image that is not worth a second decoding thread: a VGA photograph takes 2 ms."""
 
-_AT_ONCE_SIDE = 96
-"""Plain JPEGs of no more pixels than this squared are decoded on the event loop, if the encoder's
-input is no larger either: they take 20 to 100 µs."""
-_AT_ONCE_BYTES = 32 * 2**10
+
+@dataclass(frozen=True, kw_only=True)
+class _OnLoop:
+    """Images that the event loop decodes itself: plain JPEGs that are no larger than this."""
+
+    side: int
+    """Pixels of an image, and of the encoder's input, are no more than this squared."""
+    max_bytes: int
+    max_batch: int
+    """Images in a batch."""
+    turn_s: float
+    """That a batch should keep the loop from its other work at most."""
+
+    def headers(self, images: Sequence[bytes]) -> "list[_WithHeader] | None":
+        """The images with their headers; None if one of them is not such an image."""
+        found = []
+        for data in images:
+            header = plain_jpeg(data) if len(data) <= self.max_bytes else None
+            if header is None or header.many_scans:
+                return None
+            if header.width * header.height > self.side**2:
+                return None
+            found.append((data, header))
+        return found
+
+
+_WithHeader = tuple[bytes, Jpeg]
+_THUMBNAILS = _OnLoop(side=96, max_bytes=32 * 2**10, max_batch=64, turn_s=0.002)
+"""They take 20 to 100 µs."""
 _AT_ONCE = 4
-"""Images of one request; more would keep the event loop from its other work."""
-_GATHERED = 64
-"""Images that one batch on the event loop has at most."""
+"""Thumbnails of one request; more would keep the event loop from its other work."""
+_PHOTOGRAPHS = _OnLoop(side=1024, max_bytes=2**20, max_batch=16, turn_s=0.02)
+"""They take 1 to 6 ms: only where a thread for them would have to share the loop's core."""
 
 
 class Pipeline:
@@ -77,7 +103,7 @@ class Pipeline:
         """
         self._embed = embed
         self._watch = watch
-        self._small_input = preprocess.size <= _AT_ONCE_SIDE
+        self._small_input = preprocess.size <= _THUMBNAILS.side
         self._pixel_bytes = preprocess.size**2 * 3
         self._max_batch = config.max_batch
         self._decode_all = partial(decode_all, how=preprocess, limits=config.limits)
@@ -105,15 +131,13 @@ class Pipeline:
             watch=watch,
         )
         self._both: Batcher[bytes, _Answers] | None = None
-        self._gathered: Gatherer[tuple[bytes, Jpeg], _Answers] | None = None
+        self._thumbnails: Gatherer[_WithHeader, _Answers] | None = None
+        self._photographs: Gatherer[_WithHeader, _Answers] | None = None
         if together:
-            self._gathered = Gatherer(
-                self._decode_thumbnails,
-                then={"inference": self._infer_good},
-                max_batch=min(_GATHERED, enough or config.max_batch),
-                name="decode",
-                watch=watch,
-            )
+            most = enough or config.max_batch
+            self._thumbnails = self._gatherer(_THUMBNAILS, most)
+            if config.decode_workers == 1 and preprocess.size <= _PHOTOGRAPHS.side:
+                self._photographs = self._gatherer(_PHOTOGRAPHS, most)
             self._both = decoder(
                 then={"inference": self._infer_good},
                 max_batch=min(_DECODE_CHUNK, config.max_batch),
@@ -145,11 +169,13 @@ class Pipeline:
         size = sum(map(len, images)) + count * self._pixel_bytes
         room = self.budget
         with await room.wait_for(count, size) if wait else room.claim(count, size):
-            if (thumbnails := self._thumbnails(images)) is not None:
-                if self._gathered is None:
+            few = self._small_input and count <= _AT_ONCE
+            if few and (thumbnails := _THUMBNAILS.headers(images)):
+                if self._thumbnails is None:
                     return await self._at_once(thumbnails, deadline)
-                found = await self._gathered.submit(thumbnails, deadline=deadline)
-                return found if isinstance(found, np.ndarray) else np.stack(_good([found]))
+                return _rows(await self._thumbnails.submit(thumbnails, deadline=deadline))
+            if self._photographs is not None and (plain := _PHOTOGRAPHS.headers(images)):
+                return await self._in_turns(self._photographs, plain, deadline)
             if self._both is not None:
                 rows = _good(await self._both.submit(images, deadline=deadline))
                 return rows[0][None] if len(rows) == 1 else np.stack(rows)
@@ -194,17 +220,17 @@ class Pipeline:
 
     def queued(self) -> dict[str, int]:
         """Images that wait for each step."""
-        both = 0 if self._both is None else self._both.queued
-        gathered = 0 if self._gathered is None else self._gathered.queued
+        steps = (self._decoding, self._both, self._thumbnails, self._photographs)
         return {
-            "decode": self._decoding.queued + both + gathered,
+            "decode": sum(step.queued for step in steps if step is not None),
             "inference": self._inference.queued,
         }
 
     async def close(self) -> None:
         """Ends the threads, after the batches that are in them."""
-        if self._gathered is not None:
-            self._gathered.close()
+        for gatherer in (self._thumbnails, self._photographs):
+            if gatherer is not None:
+                gatherer.close()
         for batcher in (self._both, self._decoding, self._inference):
             if batcher is not None:
                 await batcher.close()
@@ -214,29 +240,43 @@ class Pipeline:
         return max(
             (self._both or self._decoding).seconds_per_item / config.decode_workers,
             self._inference.seconds_per_item / config.inference_workers,
-            0.0 if self._gathered is None else self._gathered.seconds_per_item,
+            *(
+                gatherer.seconds_per_item
+                for gatherer in (self._thumbnails, self._photographs)
+                if gatherer is not None
+            ),
         )
 
-    def _thumbnails(self, images: Sequence[bytes]) -> list[tuple[bytes, Jpeg]] | None:
-        """With their headers, if all are so small that the event loop decodes them; else None."""
-        if not self._small_input or len(images) > _AT_ONCE:
-            return None
-        thumbnails = []
-        for data in images:
-            header = plain_jpeg(data) if len(data) <= _AT_ONCE_BYTES else None
-            if header is None or header.many_scans:
-                return None
-            if header.width * header.height > _AT_ONCE_SIDE**2:
-                return None
-            thumbnails.append((data, header))
-        return thumbnails
+    def _gatherer(self, these: _OnLoop, most: int) -> Gatherer[_WithHeader, _Answers]:
+        """For batches of no more than `most` of these images."""
+        return Gatherer(
+            self._decode_plain,
+            then={"inference": self._infer_good},
+            max_batch=min(these.max_batch, most),
+            turn_s=these.turn_s,
+            name="decode",
+            watch=self._watch,
+        )
 
-    async def _at_once(
-        self, thumbnails: list[tuple[bytes, Jpeg]], deadline: float | None
+    async def _in_turns(
+        self,
+        gatherer: Gatherer[_WithHeader, _Answers],
+        photographs: list[_WithHeader],
+        deadline: float | None,
     ) -> Embeddings:
+        """Of many, one batch after the other, so that others have their turns in between."""
+        step = _PHOTOGRAPHS.max_batch
+        return _joined(
+            [
+                _rows(await gatherer.submit(photographs[at : at + step], deadline=deadline), at)
+                for at in range(0, len(photographs), step)
+            ]
+        )
+
+    async def _at_once(self, thumbnails: list[_WithHeader], deadline: float | None) -> Embeddings:
         """For encoders that take longer than handing pixels to their threads does."""
         began = time.perf_counter()
-        frames = _good([self._decode_thumbnails(thumbnails)])
+        frames = _good([self._decode_plain(thumbnails)])
         ended = time.perf_counter()
         note("decode", len(frames), began, began, ended)
         if self._watch is not None:
@@ -249,7 +289,7 @@ class Pipeline:
         frames = await self.decode(images, deadline=deadline, offset=offset)
         return _joined(await self._inference.submit(frames, deadline=deadline))
 
-    def _decode_thumbnails(self, items: list[tuple[bytes, Jpeg]]) -> "list[Pixels | InvalidImage]":
+    def _decode_plain(self, items: list[_WithHeader]) -> "list[Pixels | InvalidImage]":
         images, headers = zip(*items, strict=True)
         return self._decode_all(images, headers=headers)
 
@@ -277,6 +317,11 @@ def _good(
                 raise each.at(offset + len(found))
             found.append(each)
     return found
+
+
+def _rows(found: _Answers, offset: int = 0) -> Embeddings:
+    """What a gatherer answered as an array; raises as `_good`."""
+    return found if isinstance(found, np.ndarray) else np.stack(_good([found], offset))
 
 
 def _joined(parts: list[Embeddings]) -> Embeddings:

@@ -29,7 +29,11 @@ async def test_requests_that_follow_each_other_share_a_batch_and_get_their_own_r
     run = Squares()
     runs: list[tuple[str, BatchRun]] = []
     gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
-        run, max_batch=100, name="inference", watch=lambda name, batch: runs.append((name, batch))
+        run,
+        max_batch=100,
+        turn_s=0.002,
+        name="inference",
+        watch=lambda name, batch: runs.append((name, batch)),
     )
     steps: list[Step] = []
 
@@ -52,7 +56,9 @@ async def test_requests_that_follow_each_other_share_a_batch_and_get_their_own_r
 
 async def test_a_loop_that_was_busy_has_not_waited_in_vain() -> None:
     run = Squares()
-    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=100, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
+        run, max_batch=100, turn_s=0.002, name="inference"
+    )
 
     async def client(number: int) -> None:
         for _ in range(number):
@@ -66,7 +72,7 @@ async def test_a_loop_that_was_busy_has_not_waited_in_vain() -> None:
 
 async def test_a_client_by_itself_is_not_held_back_for_long() -> None:
     gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
-        Squares(), max_batch=100, name="inference"
+        Squares(), max_batch=100, turn_s=0.002, name="inference"
     )
     steps: list[Step] = []
     STEPS.set(steps)
@@ -79,7 +85,9 @@ async def test_a_client_by_itself_is_not_held_back_for_long() -> None:
 
 async def test_when_everybody_who_asks_is_there_nobody_waits_and_more_are_noticed() -> None:
     run = Squares()
-    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=8, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
+        run, max_batch=8, turn_s=0.002, name="inference"
+    )
     steps: list[Step] = []
     STEPS.set(steps)
     for _ in range(400):
@@ -100,14 +108,18 @@ async def test_when_everybody_who_asks_is_there_nobody_waits_and_more_are_notice
 
 async def test_a_full_batch_leaves_and_a_slow_one_makes_the_next_smaller() -> None:
     run = Squares(seconds=0.005)
-    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=8, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
+        run, max_batch=8, turn_s=0.002, name="inference"
+    )
     await asyncio.gather(*(gatherer.submit([number]) for number in range(30)))
     assert [len(batch) for batch in run.batches][:4] == [8, 4, 2, 1]
 
 
 async def test_cancelled_and_expired_requests_are_never_run() -> None:
     run = Squares()
-    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=8, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
+        run, max_batch=8, turn_s=0.002, name="inference"
+    )
     left = asyncio.ensure_future(gatherer.submit([1]))
     late = asyncio.ensure_future(gatherer.submit([2], deadline=time.monotonic() - 1))
     await asyncio.sleep(0)
@@ -118,6 +130,46 @@ async def test_cancelled_and_expired_requests_are_never_run() -> None:
     assert run.batches == [[3]]
 
 
+async def test_a_batch_ends_before_the_earliest_deadline_in_it() -> None:
+    run = Squares(seconds=0.02)
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
+        run, max_batch=8, turn_s=1.0, name="inference"
+    )
+    for _ in range(30):  # so that it knows: an item takes 20 ms
+        await gatherer.submit([0])
+    assert 0.015 < gatherer.seconds_per_item < 0.04
+    del run.batches[:]
+    soon = time.monotonic() + 0.1
+    hopeless = time.monotonic() + 0.01
+    deadlines = [None, soon, None, hopeless, *([None] * 4)]
+    await asyncio.gather(
+        *(gatherer.submit([n], deadline=until) for n, until in enumerate(deadlines)),
+        return_exceptions=True,
+    )
+    assert run.batches[0][:3] == [0, 1, 2]  # the second's deadline leaves room for two more
+    assert len(run.batches[0]) < 6
+    assert sum(map(len, run.batches)) >= 7  # all the others were answered after it
+
+
+async def test_a_long_batch_leaves_the_loops_other_work_its_turns_before_the_next() -> None:
+    run = Squares(seconds=0.02)
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
+        run, max_batch=2, turn_s=0.1, name="inference"
+    )
+    turns: list[int] = []
+
+    async def other_work() -> None:
+        while True:
+            turns.append(len(run.batches))
+            await asyncio.sleep(0)
+
+    other = asyncio.ensure_future(other_work())
+    await asyncio.gather(*(gatherer.submit([number]) for number in range(6)))
+    other.cancel()
+    between = [turns.count(batches) for batches in (1, 2)]
+    assert min(between) >= 8  # one for each 2.5 ms
+
+
 async def test_an_error_fails_its_batch_only() -> None:
     def odd_is_broken(items: list[int]) -> NDArray[np.float32]:
         if items[0] % 2:
@@ -125,7 +177,7 @@ async def test_an_error_fails_its_batch_only() -> None:
         return np.zeros((len(items), 1), np.float32)
 
     gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
-        odd_is_broken, max_batch=1, name="inference"
+        odd_is_broken, max_batch=1, turn_s=0.002, name="inference"
     )
     first, second, third = await asyncio.gather(
         *(gatherer.submit([number]) for number in (2, 3, 4)), return_exceptions=True
@@ -137,7 +189,9 @@ async def test_an_error_fails_its_batch_only() -> None:
 
 async def test_closing_fails_what_waits_and_refuses_more() -> None:
     run = Squares()
-    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(run, max_batch=8, name="inference")
+    gatherer: Gatherer[int, NDArray[np.float32]] = Gatherer(
+        run, max_batch=8, turn_s=0.002, name="inference"
+    )
     waiting = asyncio.ensure_future(gatherer.submit([1]))
     await asyncio.sleep(0)
     gatherer.close()

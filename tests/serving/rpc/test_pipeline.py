@@ -29,9 +29,15 @@ def encoder(tmp_path: Path) -> Encoder:
 
 
 def pipeline(
-    encoder: Encoder, together: bool, runs: list[tuple[str, BatchRun]] | None = None
+    encoder: Encoder,
+    together: bool,
+    runs: list[tuple[str, BatchRun]] | None = None,
+    *,
+    cores: int = 2,
 ) -> Pipeline:
-    config = ServeConfig(store=Path("unused"), max_batch=8, inference_workers=1, decode_workers=2)
+    config = ServeConfig(
+        store=Path("unused"), max_batch=8, inference_workers=1, decode_workers=cores
+    )
 
     def watch(step: str, run: BatchRun) -> None:
         if runs is not None:
@@ -155,6 +161,45 @@ async def test_what_may_take_long_is_never_decoded_on_the_event_loop(
     await asked.close()
     assert threads
     assert threading.main_thread() not in threads
+
+
+async def test_a_process_with_one_core_decodes_photographs_on_its_event_loop(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def watched(data: bytes, *how: Any) -> Pixels:
+        threads.append(threading.current_thread())
+        return load_input(data, *how)
+
+    monkeypatch.setattr("byol_serving.decoder.load_input", watched)
+    runs: list[tuple[str, BatchRun]] = []
+    asked = pipeline(encoder, together=True, runs=runs, cores=1)
+    photographs = [Image.fromarray(each).resize((320, 240)) for each in PIXELS]
+    files = [encoded(each, "JPEG") for each in photographs]
+    how = encoder.bundle.info.preprocess
+    wanted = encoder.embed(np.stack([load_input(each, how) for each in files]))
+    rows = await asyncio.gather(asked.embed_images(files[:1]), asked.embed_images(files))
+    np.testing.assert_allclose(rows[0], wanted[:1], atol=1e-6)
+    np.testing.assert_allclose(rows[1], wanted, atol=1e-6)
+    assert items(runs, "decode") == items(runs, "inference") == 41
+    assert set(threads) == {threading.main_thread()}
+    with pytest.raises(InvalidImage, match="image 25: damaged JPEG") as caught:
+        await asked.embed_images([*files[:25], files[25][:-400], *files[26:]])
+    assert caught.value.position == 25
+    del threads[:]
+    for other in (
+        encoded(photographs[0].resize((1100, 1000)), "JPEG"),
+        encoded(photographs[0], "JPEG", progressive=True),
+        encoded(photographs[0], "PNG"),
+    ):
+        assert len(await asked.embed_images([files[0], other])) == 2
+    assert len(threads) == 6
+    assert threading.main_thread() not in threads
+    assert asked.queued() == {"decode": 0, "inference": 0}
+    await asked.close()
+    with pytest.raises(Unavailable):
+        await asked.embed_images(files)
 
 
 def items(runs: Sequence[tuple[str, BatchRun]], step: str) -> int:
