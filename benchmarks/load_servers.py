@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,11 @@ class Server:
     def sleep(self) -> None:
         """Stops its processes: LitServe's took a third of a core from the others, with no calls."""
         self._signal(signal.SIGSTOP)
+
+    def move_clients(self, cores: Collection[int]) -> None:
+        """Has them run on these cores only."""
+        for thread in Path(f"/proc/{self._clients.pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), cores)
 
     def memory_mb(self) -> float:
         """Proportional set size of all its processes, which counts shared pages once."""
