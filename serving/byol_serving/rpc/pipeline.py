@@ -220,17 +220,17 @@ class Pipeline:
 
     def queued(self) -> dict[str, int]:
         """Images that wait for each step."""
-        steps = (self._decoding, self._both, self._thumbnails, self._photographs)
+        both = 0 if self._both is None else self._both.queued
+        gathered = sum(gatherer.queued for gatherer in self._gatherers())
         return {
-            "decode": sum(step.queued for step in steps if step is not None),
+            "decode": self._decoding.queued + both + gathered,
             "inference": self._inference.queued,
         }
 
     async def close(self) -> None:
         """Ends the threads, after the batches that are in them."""
-        for gatherer in (self._thumbnails, self._photographs):
-            if gatherer is not None:
-                gatherer.close()
+        for gatherer in self._gatherers():
+            gatherer.close()
         for batcher in (self._both, self._decoding, self._inference):
             if batcher is not None:
                 await batcher.close()
@@ -240,12 +240,11 @@ class Pipeline:
         return max(
             (self._both or self._decoding).seconds_per_item / config.decode_workers,
             self._inference.seconds_per_item / config.inference_workers,
-            *(
-                gatherer.seconds_per_item
-                for gatherer in (self._thumbnails, self._photographs)
-                if gatherer is not None
-            ),
+            *(gatherer.seconds_per_item for gatherer in self._gatherers()),
         )
+
+    def _gatherers(self) -> list[Gatherer[_WithHeader, _Answers]]:
+        return [each for each in (self._thumbnails, self._photographs) if each is not None]
 
     def _gatherer(self, these: _OnLoop, most: int) -> Gatherer[_WithHeader, _Answers]:
         """For batches of no more than `most` of these images."""

@@ -28,6 +28,19 @@ def encoder(tmp_path: Path) -> Encoder:
     return Encoder(make_bundle(tmp_path / "tiny"))
 
 
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """The thread that decoded, for each image."""
+    found: list[threading.Thread] = []
+
+    def watched(data: bytes, *how: Any) -> Pixels:
+        found.append(threading.current_thread())
+        return load_input(data, *how)
+
+    monkeypatch.setattr("byol_serving.decoder.load_input", watched)
+    return found
+
+
 def pipeline(
     encoder: Encoder,
     together: bool,
@@ -137,15 +150,8 @@ async def test_thumbnails_stay_on_the_event_loop_and_give_the_same_rows(
 
 @pytest.mark.parametrize("kind", ["large", "many", "progressive", "png"])
 async def test_what_may_take_long_is_never_decoded_on_the_event_loop(
-    encoder: Encoder, kind: str, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, kind: str, threads: list[threading.Thread]
 ) -> None:
-    threads: list[threading.Thread] = []
-
-    def watched(data: bytes, *how: Any) -> Pixels:
-        threads.append(threading.current_thread())
-        return load_input(data, *how)
-
-    monkeypatch.setattr("byol_serving.decoder.load_input", watched)
     small = Image.fromarray(PIXELS[0])
     match kind:
         case "large":
@@ -164,15 +170,8 @@ async def test_what_may_take_long_is_never_decoded_on_the_event_loop(
 
 
 async def test_a_process_with_one_core_decodes_photographs_on_its_event_loop(
-    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, threads: list[threading.Thread]
 ) -> None:
-    threads: list[threading.Thread] = []
-
-    def watched(data: bytes, *how: Any) -> Pixels:
-        threads.append(threading.current_thread())
-        return load_input(data, *how)
-
-    monkeypatch.setattr("byol_serving.decoder.load_input", watched)
     runs: list[tuple[str, BatchRun]] = []
     asked = pipeline(encoder, together=True, runs=runs, cores=1)
     photographs = [Image.fromarray(each).resize((320, 240)) for each in PIXELS]
