@@ -3,12 +3,12 @@
 Threads that share Python's lock lose some 50 µs each time that they hand it to each other, which is
 more than a thumbnail takes through a small encoder. And in a process that has one core, a thread
 that decodes photographs and a loop that receives the next drive each other from the processor's
-caches. On the loop nothing is handed over; but a batch
-that left at once would be of one request nearly always, since the loop takes them in one by one. So
-a batch is held back while requests follow each other within `_LINGER_S`, or four times that while
-there are fewer than in the last batch; the loop goes on with its other work meanwhile. Once as many
-are here as lately at most, nobody else is thought to ask, and the batch leaves at once. Where
-waiting brought nobody a few times, there is one client, whose requests leave at once too.
+caches. On the loop nothing is handed over; but a batch that left at once would be of one request
+nearly always, since the loop takes them in one by one. So a batch is held back while requests
+follow each other within `_LINGER_S`, or four times that while there are fewer than in the last
+batch; the loop goes on with its other work meanwhile. Once as many are here as lately at most,
+nobody else is thought to ask, and the batch leaves at once. Where waiting brought nobody a few
+times, there is one client, whose requests leave at once too.
 
 All work on an item is done in its batch, although it could begin when the item comes: code that
 runs thirty times in a row finds itself in the processor's caches, from which the receiving of each
